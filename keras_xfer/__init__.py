@@ -1,0 +1,9 @@
+"""keras_xfer: transfer learning for Keras 3, each step a component of `model.fit`.
+
+The core (layers, callbacks, stages, retarget) is imported with the package, so that saved models
+find their layers; what needs further libraries is imported when it is first used.
+"""
+
+from keras_xfer._version import __version__
+
+__all__ = ["__version__"]

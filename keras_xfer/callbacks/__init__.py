@@ -1,0 +1,1 @@
+"""Callbacks: `StagedUnfreezing`, `BestCheckpoint` and `EpochTiming`."""

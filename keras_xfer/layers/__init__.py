@@ -1,0 +1,1 @@
+"""Layers: `Backbone` and `BackbonePreprocessing`."""
