@@ -1,0 +1,182 @@
+"""Where a model's graph can be cut, and the blocks that people mean by the word."""
+
+import collections
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_xfer.freezing import Node, graph_nodes, units, walk
+
+_JOINS = {"Add", "Concatenate"}  # layers, and the operations behind `a + b` and keras.ops
+_AUTOMATIC_NAME = re.compile(r"(add|concatenate)(_\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A run of layers that people name, freeze and thaw together.
+
+    Args:
+        name: str, unique in the model; `Backbone.unfreeze(name)` trains from here on.
+        layers: the layers of the block in the order in which they run.
+    """
+
+    name: str
+    layers: tuple[keras.Layer, ...] = dataclasses.field(repr=False)
+
+
+def cuts(model: keras.Layer) -> list[str]:
+    """The layers whose output alone crosses to what comes after them, in order."""
+    return [node.layer.name for node in _flow(model)[1]]
+
+
+def blocks(model: keras.Layer) -> tuple[Block, ...]:
+    """The blocks of `model`; together they hold each of its units once, in order.
+
+    A block ends where a residual or concatenating join begins or ends, or after a layer with
+    strides, at a point where one tensor alone crosses; each holds weights other than
+    BatchNormalization's. A graph that has no such points (NASNet) ends its blocks at the
+    concatenations that carry a name of their own, and a model without a graph has one block for
+    each of its layers that hold weights.
+    """
+    layers = units(model)
+    ends = _ends(model, layers)
+    bounds = [0]
+    for end in ends:
+        if any(_has_own_weights(layer) for layer in layers[bounds[-1] : end]):
+            bounds.append(end)
+    if len(bounds) > 1 and not any(_has_own_weights(layer) for layer in layers[bounds[-1] :]):
+        bounds.pop()  # a head without weights (pooling) belongs to the last block
+    bounds.append(len(layers))
+    runs = [layers[begin:end] for begin, end in itertools.pairwise(bounds)]
+    return tuple(
+        Block(name, tuple(run)) for name, run in zip(_names(runs), runs, strict=True) if run
+    )
+
+
+def _flow(model: keras.Layer) -> tuple[list[Node], list[Node]]:
+    """The nodes of the model's graph, and those among them at which it can be cut."""
+    found = graph_nodes(model)
+    if found is None:
+        return [], []
+    nodes, outputs = found
+    last_use = {tensor: i for i, node in enumerate(nodes) for tensor in node.inputs}
+    last_use.update(dict.fromkeys(outputs, len(nodes)))
+    live: set[int] = set()
+    cut_nodes = []
+    for i, node in enumerate(nodes):
+        live.update(node.outputs)
+        live = {tensor for tensor in live if last_use.get(tensor, -1) > i}
+        if len(live) == 1 and live <= set(node.outputs):
+            cut_nodes.append(node)
+    return nodes, cut_nodes
+
+
+def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
+    """Positions in `layers` before which a block may end."""
+    nodes, cut_nodes = _flow(model)
+    if not nodes:
+        return [i for i, layer in enumerate(layers) if i and _has_own_weights(layer)]
+    if named := _named_concatenations(nodes, cut_nodes, layers):
+        return named
+    at = {id(node): i for i, node in enumerate(nodes)}
+    segments = [
+        nodes[begin + 1 : end + 1]
+        for begin, end in itertools.pairwise([-1, *(at[id(node)] for node in cut_nodes)])
+    ]
+    joins = [any(_is_join(node) for node in segment) for segment in segments]
+    ends: set[int] = set()
+    strided: int | None = None  # the last end, if it is there for its strides alone
+    for i, segment in enumerate(segments):
+        if joins[i]:
+            if strided is not None and strided < i - 1:
+                ends.discard(strided)  # the strided convolution of an inverted bottleneck
+            ends.update({i - 1, _past(segments, joins, i, batch_norm=False)} - {-1})
+            strided = None
+        elif any(_has_strides(node.layer) for node in segment):
+            strided = _past(segments, joins, i, batch_norm=True)
+            ends.add(strided)
+    position = {id(layer): i for i, layer in enumerate(layers)}
+    return sorted(
+        max(position.get(id(node.layer), -1) for segment in segments[: end + 1] for node in segment)
+        + 1
+        for end in ends
+    )
+
+
+def _named_concatenations(
+    nodes: Sequence[Node], cut_nodes: Sequence[Node], layers: Sequence[keras.Layer]
+) -> list[int]:
+    """Positions after the concatenations that carry a name of their own, where most of the graph
+    lies between two cuts; else none."""
+    at = {id(node): i for i, node in enumerate(nodes)}
+    bounds = [-1, *(at[id(node)] for node in cut_nodes)]
+    if max((end - begin for begin, end in itertools.pairwise(bounds)), default=0) * 2 < len(nodes):
+        return []
+    return [
+        i + 1
+        for i, layer in enumerate(layers)
+        if isinstance(layer, keras.layers.Concatenate) and not _AUTOMATIC_NAME.fullmatch(layer.name)
+    ]
+
+
+def _past(
+    segments: Sequence[Sequence[Node]], joins: Sequence[bool], i: int, *, batch_norm: bool
+) -> int:
+    """The last segment after `i` that only finishes what `i` began: activation, pooling, and
+    with `batch_norm` the normalization of a strided convolution."""
+    while i + 1 < len(segments) and not joins[i + 1]:
+        following = [node.layer for node in segments[i + 1]]
+        if any(_has_own_weights(layer) for layer in following) or (
+            not batch_norm and any(getattr(layer, "weights", ()) for layer in following)
+        ):
+            break
+        i += 1
+    return i
+
+
+def _is_join(node: Node) -> bool:
+    return type(node.layer).__name__ in _JOINS and len(set(node.inputs)) > 1
+
+
+def _has_own_weights(layer: Any) -> bool:
+    """Whether anything in `layer` other than BatchNormalization holds weights."""
+    if not isinstance(layer, keras.Layer):
+        return False
+    normalization = {
+        id(weight)
+        for inner in walk(layer)
+        if isinstance(inner, keras.layers.BatchNormalization)
+        for weight in inner.weights
+    }
+    return any(id(weight) not in normalization for weight in layer.weights)
+
+
+def _has_strides(layer: Any) -> bool:
+    strides = getattr(layer, "strides", 1)
+    return max(strides if isinstance(strides, (tuple, list)) else (strides or 1,)) > 1
+
+
+def _names(runs: Sequence[Sequence[keras.Layer]]) -> list[str]:
+    """A unique name for each run: the prefix most of its layers share, or its last layer's."""
+    taken: collections.Counter[str] = collections.Counter()
+    names = []
+    for run in runs:
+        ending = next((each for each in reversed(run) if type(each).__name__ in _JOINS), run[-1])
+        name = _shared_prefix([layer.name for layer in run]) or ending.name
+        taken[name] += 1
+        names.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
+    return names
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """The longest prefix of whole `_`-separated words that most of `names` begin with."""
+    counts: collections.Counter[str] = collections.Counter()
+    for name in names:
+        words = name.split("_")
+        counts.update("_".join(words[:n]) for n in range(1, len(words) + 1))
+    common = [prefix for prefix, count in counts.items() if count > len(names) / 2]
+    return max(common, key=len, default="")

@@ -1,0 +1,366 @@
+"""`Backbone`: a pretrained feature extractor as one layer of any model."""
+
+from typing import Any, Self
+
+import keras
+
+from keras_xfer import applications, freezing
+from keras_xfer.blocks import Block
+from keras_xfer.blocks import blocks as find_blocks
+from keras_xfer.blocks import cuts as find_cuts
+from keras_xfer.layers.preprocessing import BackbonePreprocessing
+from keras_xfer.tables import Table
+
+_POOLING = {
+    "avg": keras.layers.GlobalAveragePooling2D,
+    "max": keras.layers.GlobalMaxPooling2D,
+}
+
+
+@keras.saving.register_keras_serializable(package="keras_xfer")
+class Backbone(keras.layers.Layer):
+    """A pretrained feature extractor as one layer of any model.
+
+    It freezes and thaws exactly, keeps BatchNormalization to a policy whatever is later set on
+    `trainable`, and runs what is frozen in inference mode. In Keras alone, thawing a model lets
+    its BatchNormalization move its statistics even where it was called with `training=False`,
+    and frozen dropout and stochastic depth still act while training.
+
+    Args:
+        model: a built `keras.Model` or `keras.layers.Layer`: from keras.applications, from
+            keras-hub, or your own. It is saved whole, architecture and weights, never rebuilt
+            from its name.
+        batch_norm: what BatchNormalization inside `model` may do, now and after any thawing:
+            `"frozen"`, neither update its statistics nor train gamma and beta; `"affine"`, train
+            gamma and beta where thawed, with fixed statistics; `"train"`, Keras's default.
+            Defaults to `"frozen"`.
+        trainable: bool, whether all layers start thawed. Defaults to `False`.
+        pooling: `"avg"`, `"max"` or None, global pooling of a feature map `(B, H, W, C)`.
+            Defaults to `None`.
+        name: str or None, the layer's name.
+        dtype: the dtype of the output, to which it is cast; `model` keeps its own policies.
+
+    Input shape:
+        Whatever `model` takes. What value range a model of keras.applications expects:
+        see `preprocessing()`.
+
+    Output shape:
+        Whatever `model` gives; `(B, C)` where `pooling` is set.
+
+    Raises:
+        TypeError: `model` is not a Keras layer.
+        ValueError: `model` is not built, or an argument is not one of its choices.
+
+    Example:
+
+    >>> backbone = Backbone.from_application(
+    ...     "MobileNetV2", input_shape=(32, 32, 3), weights=None, alpha=0.35
+    ... )
+    >>> model = keras.Sequential(
+    ...     [keras.Input((32, 32, 3)), backbone.preprocessing(), backbone, keras.layers.Dense(5)]
+    ... )
+    >>> len(model.trainable_variables)  # the head alone
+    2
+    >>> backbone.unfreeze("block_16")
+    >>> len(model.trainable_variables)  # and four convolutions, BatchNormalization still frozen
+    6
+
+    Reference:
+        https://keras.io/guides/transfer_learning/
+    """
+
+    def __init__(
+        self,
+        model: keras.Layer,
+        *,
+        batch_norm: freezing.BatchNormPolicy = "frozen",
+        trainable: bool = False,
+        pooling: str | None = None,
+        name: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        if not isinstance(model, keras.Layer):
+            raise TypeError(
+                "Expected a built keras.Model or keras.layers.Layer. Received: "
+                f"model={model!r} of type {type(model).__name__}."
+            )
+        if not model.built:
+            raise ValueError(
+                "Expected a built model, so that its weights exist. Received: model="
+                f"{model.name!r}, which is not built yet: call it once on an input, or "
+                "model.build(input_shape)."
+            )
+        if pooling is not None and pooling not in _POOLING:
+            raise ValueError(
+                f"Expected pooling to be one of {tuple(_POOLING)} or None. "
+                f"Received: pooling={pooling!r}."
+            )
+        freezing.check_batch_norm(batch_norm)
+        # The output alone is cast: the inner model casts its own inputs and variables.
+        super().__init__(name=name, dtype=dtype, autocast=False)
+        self.model = model
+        self.batch_norm = batch_norm
+        self.pooling = pooling
+        self._pool = _POOLING[pooling]() if pooling else None
+        self._batch_norm_guard = freezing.BatchNormGuard(model, batch_norm)
+        self.trainable = trainable
+
+    @classmethod
+    def from_application(
+        cls,
+        application: str,
+        /,
+        *,
+        input_shape: tuple[int | None, ...] | None = None,
+        weights: str | None = "imagenet",
+        pooling: str | None = "avg",
+        batch_norm: freezing.BatchNormPolicy = "frozen",
+        trainable: bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A model of keras.applications without its classifier, as a backbone.
+
+        Args:
+            application: str, a model function of keras.applications, such as `"MobileNetV2"`.
+            input_shape: tuple `(height, width, channels)`; None for the application's own.
+            weights: `"imagenet"` (downloaded once), None (random), or a path.
+            pooling: `"avg"`, `"max"` or None, as the application understands it.
+            batch_norm: see `Backbone`.
+            trainable: see `Backbone`.
+            name: str or None, the layer's name.
+            **kwargs: passed to the model function, such as `alpha=0.35`.
+
+        Returns:
+            Backbone.
+
+        Raises:
+            ValueError: no application of that name (the nearest are named), or an input shape
+                that it cannot take.
+            OSError: the weights cannot be had (see `keras_xfer.applications`).
+
+        Example:
+
+        >>> Backbone.from_application("VGG16", weights=None).blocks[0].name
+        'block1'
+
+        Reference:
+            https://keras.io/api/applications/
+        """
+        model = applications.build(
+            application, input_shape=input_shape, weights=weights, pooling=pooling, **kwargs
+        )
+        return cls(model, batch_norm=batch_norm, trainable=trainable, name=name)
+
+    # --- Freezing ----------------------------------------------------------------------------
+
+    @property
+    def trainable(self) -> bool:
+        """Whether anything inside may train; setting it sets every layer inside."""
+        if not hasattr(self, "model"):  # Keras reads it while it makes the layer
+            return False
+        return any(layer.trainable for layer in freezing.walk(self.model)) or any(
+            weight.trainable for weight in self.model.weights
+        )
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        freezing.set_trainable(self.model, bool(value))
+        self._batch_norm_guard.enforce()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "trainable":
+            # On TensorFlow, AutoTrackable drops the assignment of the value that an attribute
+            # already has; a partly thawed backbone is `trainable` and must still obey.
+            type(self).trainable.fset(self, value)
+        else:
+            super().__setattr__(name, value)
+
+    def freeze(self) -> None:
+        """Freeze every layer inside.
+
+        Example:
+
+        >>> backbone = Backbone(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+        >>> backbone.unfreeze()
+        >>> backbone.freeze()
+        >>> backbone.trainable_variables
+        []
+        """
+        self.trainable = False
+
+    def unfreeze(self, start: freezing.Start = "all") -> None:
+        """Train the layers from `start` on and freeze those before it.
+
+        Call it between two `fit` and compile the model again; within one `fit` use
+        `keras_xfer.callbacks.StagedUnfreezing`.
+
+        Args:
+            start: `"all"`; an index into `backbone.model.layers` (100: layers 100 and later
+                train; -20: the last twenty); the name of a layer or of a block; a regular
+                expression over layer names, of which the first full match counts; or a float in
+                (0, 1), the top fraction of the layers.
+
+        Raises:
+            TypeError: `start` is none of these.
+            ValueError: `start` matches nothing, or only layers that have nothing to train; the
+                nearest candidates are named.
+
+        Example:
+
+        >>> dense = [keras.layers.Dense(2, name=name) for name in ("low", "high")]
+        >>> backbone = Backbone(keras.Sequential([keras.Input((4,)), *dense]))
+        >>> backbone.unfreeze("high")
+        >>> [layer.trainable for layer in dense]
+        [False, True]
+        """
+        blocks = self.blocks if isinstance(start, str) and start != "all" else ()
+        position = freezing.select(
+            self.model, start, batch_norm=self.batch_norm, blocks=blocks
+        )
+        freezing.thaw(self.model, position)
+        self._batch_norm_guard.enforce()
+
+    # Keras collects what to train, to save and to count by these two, from the model above too:
+    # the one place that every road to the optimizer passes.
+
+    @property
+    def variables(self) -> list[Any]:
+        """All variables of the layer, after holding BatchNormalization to its policy."""
+        self._batch_norm_guard.enforce()
+        return super().variables  # type: ignore[no-any-return]
+
+    @property
+    def weights(self) -> list[Any]:
+        """All weights of the layer, after holding BatchNormalization to its policy."""
+        self._batch_norm_guard.enforce()
+        return super().weights  # type: ignore[no-any-return]
+
+    # --- Looking inside ----------------------------------------------------------------------
+
+    def cuts(self) -> list[str]:
+        """The articulation points of the model's graph: the names of the layers whose output
+        alone crosses to what follows, in order.
+
+        Returns:
+            list of str; empty where the model has no graph (its `call` is its own code).
+
+        Example:
+
+        >>> Backbone.from_application("VGG16", weights=None, pooling=None).cuts()[-1]
+        'block5_pool'
+        """
+        return find_cuts(self.model)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the model, in order; together they hold every layer once."""
+        return find_blocks(self.model)
+
+    @property
+    def spec(self) -> applications.ApplicationSpec | None:
+        """What is known of the expected input; None for a model that is not of
+        keras.applications."""
+        return applications.identify(self.model)
+
+    def preprocessing(self, **kwargs: Any) -> BackbonePreprocessing:
+        """The layer that brings images into the range that this backbone was trained on.
+
+        Args:
+            **kwargs: passed to `BackbonePreprocessing`, such as `image_size=224`.
+
+        Returns:
+            BackbonePreprocessing, the identity where the model preprocesses by itself.
+
+        Raises:
+            ValueError: the model is not one of keras.applications.
+
+        Example:
+
+        >>> backbone = Backbone.from_application("MobileNetV2", weights=None)
+        >>> float(backbone.preprocessing()(255.0 * keras.ops.ones((8, 8, 3)))[0, 0, 0])
+        1.0
+        """
+        spec = self.spec
+        if spec is None:
+            raise ValueError(
+                "Expected a backbone built by keras.applications, whose input range is known. "
+                f"Received: model={self.model.name!r}. Say what it was trained on: "
+                "keras_xfer.BackbonePreprocessing(scale=…, offset=…)."
+            )
+        return BackbonePreprocessing.from_spec(spec, **kwargs)
+
+    def trainable_summary(self) -> Table:
+        """What trains, block by block.
+
+        Returns:
+            A table that prints itself, with `rows` of (block, layers, parameters, trainable
+            parameters, BatchNormalization state) and a last row for the whole.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="top")])
+        >>> print(Backbone(model, trainable=True).trainable_summary())
+        block  layers  parameters  trainable  batch_norm
+        top         1          10         10  -
+        total       1          10         10  -
+        """
+        self._batch_norm_guard.enforce()
+        parts = [(block.name, block.layers) for block in self.blocks]
+        parts.append(("total", tuple(freezing.units(self.model))))
+        return Table(
+            ("block", "layers", "parameters", "trainable", "batch_norm"),
+            [
+                (
+                    name,
+                    len(layers),
+                    freezing.parameters(layers),
+                    freezing.parameters(layers, trainable_only=True),
+                    self._batch_norm_guard.state(layers),
+                )
+                for name, layers in parts
+            ],
+        )
+
+    # --- Calling and saving ------------------------------------------------------------------
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """The features of `inputs`."""
+        self._batch_norm_guard.enforce()
+        outputs = freezing.call(self.model, inputs, training)
+        if self._pool is not None:
+            outputs = self._pool(outputs)
+        return keras.tree.map_structure(self._cast, outputs)
+
+    def _cast(self, output: Any) -> Any:
+        dtype = keras.backend.standardize_dtype(output.dtype)
+        if "float" in dtype and dtype != self.compute_dtype:
+            return keras.ops.cast(output, self.compute_dtype)
+        return output
+
+    def build(self, input_shape: Any) -> None:  # noqa: ARG002  # Keras's signature
+        """Nothing to make: the model was built when it came."""
+        self.built = True
+
+    def get_config(self) -> dict[str, Any]:
+        """The configuration, with the whole model and what of it trains."""
+        self._batch_norm_guard.enforce()
+        return {
+            **super().get_config(),
+            "model": keras.saving.serialize_keras_object(self.model),
+            "batch_norm": self.batch_norm,
+            "pooling": self.pooling,
+            "thawed": freezing.thawed(self.model),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """A backbone from `get_config`."""
+        config = dict(config)
+        thawed = config.pop("thawed")
+        config["model"] = keras.saving.deserialize_keras_object(
+            config["model"], custom_objects=custom_objects
+        )
+        backbone: Self = super().from_config(config)
+        freezing.restore_thawed(backbone.model, thawed)
+        return backbone
