@@ -144,7 +144,7 @@ def scan(
     no sooner; an epoch then never meets one.
 
     Where no validation folder is given the split is stratified: each class gives its share,
-    rounded, at least one image where it has two, and always keeps one for training. The split
+    rounded, at least one image where it has enough, and always keeps one for training. The split
     depends on the seed, the class's name and its files' names alone: not on the file system's
     order, the machine, or the other classes.
 
@@ -199,6 +199,9 @@ def scan(
     try:
         _check_folder(root)
         split_folders = _split_folders(root)
+        for place in {root, *split_folders.values()}:
+            for path in _own_images(place):
+                skipped.append(Skipped(_shown(path, root), "outside every class folder"))
         listed = {
             split: _class_files(root, split_folder, skipped)
             for split, split_folder in split_folders.items()
@@ -320,7 +323,7 @@ def readable_images(
     def reason(path: Path) -> str | None:
         try:
             # An eighth of the size skips most of a JPEG's work and still reads all of its data.
-            _decode(path, 1)
+            _decode(path, lambda _: 8)
         except ImageReadError as error:
             return error.reason
         return None
@@ -356,7 +359,7 @@ def load_image(
     whose `BackbonePreprocessing` has the same `resize` and `antialias=True` sees the same picture
     in training as when it is given a whole photograph. (A large JPEG is decoded at half, a
     quarter or an eighth of its size, never below twice `image_size`: several times faster, and on
-    average less than half a grey level away.)
+    average less than two of 255 levels away.)
 
     Args:
         path: The file: JPEG, PNG, BMP, GIF or WebP.
@@ -388,7 +391,8 @@ def load_image(
     if image_size is None:
         return np.array(_decode(Path(path)))
     size = _size(image_size)
-    return np.array(_resized(_decode(Path(path), 2 * max(size)), size, resize))
+    image = _decode(Path(path), lambda full: _reduction(full, 2 * max(size)))
+    return np.array(_resized(image, size, resize))
 
 
 class ImageDataset(keras.utils.PyDataset):
@@ -416,7 +420,8 @@ class ImageDataset(keras.utils.PyDataset):
         labels: int32 array in the order of `samples`, or `None` without labels.
         order: Int array, the order of this epoch: batch `i` holds
             `order[i * batch_size : (i + 1) * batch_size]`.
-        epoch: Int, counted from 0 by `on_epoch_end`. A run that resumes sets it.
+        epoch: Int, the number of `on_epoch_end` so far (`fit` calls it once before the first epoch
+            of a model that is not yet built). A run that resumes sets it.
 
     Output shape:
         uint8 images `(batch, height, width, 3)` in [0, 255], int32 labels `(batch,)`.
@@ -606,8 +611,6 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 def _class_files(root: Path, folder: Path, skipped: list[Skipped]) -> dict[str, list[Path]]:
     """List the files with an image's extension by class, sorted; skip what is none."""
-    for path in _own_images(folder):
-        skipped.append(Skipped(_shown(path, root), "outside every class folder"))
     by_class: dict[str, list[Path]] = {}
     for class_folder in _subfolders(folder):
         name = unicodedata.normalize("NFC", class_folder.name)
@@ -698,10 +701,12 @@ def _check_classes(
             "one a class: add another class, or give the folder that holds the class folders."
         )
     if empty:
-        why = f" ({len(skipped)} skipped, such as {skipped[0].file!r}: {skipped[0].reason})"
+        why = ""
+        if skipped:
+            why = f" ({len(skipped)} skipped, such as {skipped[0].file!r}: {skipped[0].reason})"
         raise ImageFolderError(
             f"No readable image in {', '.join(map(repr, empty))} of {str(root)!r}"
-            f"{why if skipped else ''}. Add images to it, or remove the folder."
+            f"{why}. Add images to it, or remove the folder."
         )
 
 
@@ -740,11 +745,8 @@ def _held_out(count: int, validation: float, test: float) -> tuple[int, int]:
 # How an image is read.
 
 
-def _decode(path: Path, smallest: int | None = None) -> Image.Image:
-    """Decode the file to an upright RGB image.
-
-    A JPEG may come at a reduced size whose sides are no shorter than `smallest`.
-    """
+def _decode(path: Path, reduction: Callable[[tuple[int, int]], int] = lambda _: 1) -> Image.Image:
+    """Decode the file to an upright RGB image, a JPEG at 1/`reduction(size)` of its size."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -758,14 +760,24 @@ def _decode(path: Path, smallest: int | None = None) -> Image.Image:
                 raise ImageReadError(
                     path, f"{image.width}x{image.height}: more than {limit} pixels"
                 )
-            if smallest is not None:
-                image.draft(None, (smallest, smallest))
+            divisor = reduction(image.size)
+            if divisor > 1:
+                image.draft(None, (image.width // divisor or 1, image.height // divisor or 1))
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except ImageReadError:
         raise
     except Exception as error:  # a damaged file can raise anything in a decoder
         raise ImageReadError(path, _reason(path, error)) from error
+
+
+def _reduction(size: tuple[int, int], smallest: int) -> int:
+    """Choose how far a JPEG may be reduced while decoding, no side going below `smallest`."""
+    for divisor in (8, 4, 2):
+        # A side that does not divide would be padded, which shifts the picture.
+        if all(side % divisor == 0 and side // divisor >= smallest for side in size):
+            return divisor
+    return 1
 
 
 def _reason(path: Path, error: Exception) -> str:
