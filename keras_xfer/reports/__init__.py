@@ -1,1 +1,33 @@
 """Tables, plots and the report of a training run."""
+
+from keras_xfer.reports.html import write_report
+from keras_xfer.reports.plots import (
+    plot_class_scores,
+    plot_confusion,
+    plot_history,
+    plot_most_wrong,
+    plot_timing,
+)
+from keras_xfer.reports.tables import (
+    classification_table,
+    confusion_table,
+    most_wrong,
+    predict_probabilities,
+    predictions_table,
+    read_predictions,
+)
+
+__all__ = [
+    "classification_table",
+    "confusion_table",
+    "most_wrong",
+    "plot_class_scores",
+    "plot_confusion",
+    "plot_history",
+    "plot_most_wrong",
+    "plot_timing",
+    "predict_probabilities",
+    "predictions_table",
+    "read_predictions",
+    "write_report",
+]
