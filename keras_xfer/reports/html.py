@@ -96,6 +96,7 @@ def write_report(
         "confused": [],
         "mistakes": [],
         "wrong": 0,
+        "many_classes": False,
         "metrics": _flat(metrics or {}),
         "comparisons": _comparisons(metrics or {}),
         "skipped": [] if skipped is None else skipped.head(_MOST_ROWS).values.tolist(),
@@ -105,6 +106,7 @@ def write_report(
         root = run if images is None else Path(images)
         scores = tables.classification_table(predictions, class_names)
         page["scores"] = [_score_row(name, row) for name, row in scores.iterrows()]
+        page["many_classes"] = len(scores) - 2 > 20
         page["confused"] = _confused(predictions)
         page["mistakes"] = [
             _mistake(row, root) for _, row in tables.most_wrong(predictions, 12).iterrows()
@@ -165,7 +167,7 @@ def _headlines(
             Headline(
                 f"{right / total:.1%}",
                 "accuracy",
-                f"{right:,} of {total:,} images; 95 % interval {low:.1%} to {high:.1%}",
+                f"{right:,} of {total:,} images; 95% interval {low:.1%} to {high:.1%}",
             )
         )
     best = _best(history, "val_accuracy")
@@ -216,7 +218,9 @@ def _svg(figure: "Figure") -> str:
     matplotlib = require("matplotlib")
     buffer = io.BytesIO()
     # Text stays text: the reader's browser has the letters that matplotlib's own font lacks.
-    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+    # The salt makes the ids in the drawing, and so the page, the same each time.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "keras-xfer"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _uri("image/svg+xml", buffer.getvalue())

@@ -150,7 +150,8 @@ def plot_confusion(table: "pd.DataFrame") -> "Figure":
     classes = len(counts)
     names = [_short(name) for name in table.index]
     side = float(np.clip(0.42 * classes, 3, 8.5))
-    figure = _figure(side + 2.2, side + 1.4)
+    # "compressed" is matplotlib's constrained layout for square axes: it leaves no label outside.
+    figure = _figure(side + 2.2, side + 1.4, layout="compressed")
     axes = figure.add_subplot()
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
@@ -253,7 +254,7 @@ def plot_most_wrong(
     ...     columns=["file", "label", "prediction", "probability", "correct"],
     ... )
     >>> plot_most_wrong(predictions).axes[0].get_title()
-    'dog, 98.0 %\nis cat'
+    'dog, 98.0%\nis cat'
     """
     from keras_xfer.reports.tables import most_wrong
 
@@ -267,9 +268,7 @@ def plot_most_wrong(
         axes.imshow(np.full((1, 1, 3), 221, "uint8") if picture is None else np.asarray(picture))
         axes.set_axis_off()
         axes.set_title(
-            f"{_short(row.prediction, 16)}, {row.probability:.1%}\nis {_short(row.label, 20)}".replace(
-                "%", " %"
-            ),
+            f"{_short(row.prediction, 16)}, {row.probability:.1%}\nis {_short(row.label, 20)}",
             fontsize=9,
             color=_INK,
             parse_math=False,
@@ -292,9 +291,9 @@ def thumbnail(path: Path, side: int) -> Image.Image | None:
         return None
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float, layout: str = "constrained") -> "Figure":
     figure: Figure = require("matplotlib.figure").Figure(
-        figsize=(width, height), layout="constrained", facecolor="white"
+        figsize=(width, height), layout=layout, facecolor="white"
     )
     return figure
 

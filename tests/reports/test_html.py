@@ -1,0 +1,245 @@
+import base64
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from keras_xfer.reports import html, write_report
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Collects tags with their attributes, and the text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def images(self):
+        return {attrs["alt"]: attrs["src"] for tag, attrs in self.tags if tag == "img"}
+
+
+def write_history(run, epochs=4, **columns):
+    table = pd.DataFrame(
+        {
+            "epoch": range(epochs),
+            "loss": np.linspace(2, 1, epochs),
+            "accuracy": np.linspace(0.2, 0.8, epochs),
+            "val_loss": np.linspace(2, 1.5, epochs),
+            "val_accuracy": np.linspace(0.1, 0.625, epochs),
+            "stage": [0] * (epochs // 2) + [1] * (epochs - epochs // 2),
+            "epoch_seconds": 30.0,
+            **columns,
+        }
+    )
+    table.to_csv(run / "history.csv", index=False)
+
+
+def write_predictions(run, names, n=40, wrong=5):
+    labels = [names[i % len(names)] for i in range(n)]
+    answers = [
+        names[(i + 1) % len(names)] if i < wrong else label for i, label in enumerate(labels)
+    ]
+    pd.DataFrame(
+        {
+            "file": [f"pictures/{i}.png" for i in range(n)],
+            "label": labels,
+            "prediction": answers,
+            "probability": np.linspace(0.99, 0.5, n),
+            "correct": [a == b for a, b in zip(labels, answers, strict=True)],
+        }
+    ).to_csv(run / "predictions.csv", index=False)
+    (run / "labels.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_history(run)
+    write_predictions(run, ["cat", HOSTILE, "犬 & $x$"])
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (300, 200), (255, 0, 0)).save(tmp_path / "pictures" / "0.png")
+    metrics = {
+        "val_accuracy": 0.625,
+        "val_loss": "NaN",
+        "total_seconds": 125.0,
+        "images": 12345,
+        "nothing": None,
+        "runs": {"from scratch": {"accuracy": 0.5}, "staged": {"accuracy": 0.75, "epochs": 3}},
+        "nested": {"deep": {"x": 1}},
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    pd.DataFrame({"file": [f"a/{HOSTILE}.jpg", "NA"], "reason": ["empty file", "None"]}).to_csv(
+        run / "skipped.csv", index=False
+    )
+    return run
+
+
+def test_the_page_says_what_the_files_say(run):
+    path = write_report(run, images=run.parent, title="Cats & <dogs>")
+    assert path == run / "report.html"
+    page = Page(path)
+    assert page.open == []
+    for text in (
+        "Cats & <dogs>",
+        "87.5%",  # 35 of 40
+        "35 of 40 images",
+        "73.9% to 94.5%",  # Wilson's interval, computed by hand
+        "62.5%",
+        "in epoch 4",
+        "2 min 00 s",
+        "5 wrong predictions in all",
+        "12,345",
+        "2 min 05 s",
+        "from scratch",
+        "75.0%",
+        "nested: deep: x",
+        "犬 & $x$",
+        HOSTILE,
+        "empty file",
+        "pictures/0.png",
+    ):
+        assert text in page.text, text
+    assert set(page.images()) >= {
+        "Loss and metrics by epoch",
+        "Confusion matrix",
+        "Precision, recall and F1 by class",
+        "Seconds of each epoch, by stage",
+        "pictures/0.png",
+    }
+
+
+def test_nothing_is_loaded_and_nothing_runs(run):
+    path = write_report(run, images=run.parent)
+    page = Page(path)
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert all(source.startswith("data:image/") for source in page.images().values())
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", source)
+    assert "@import" not in source
+    assert "url(" not in source
+    assert path.stat().st_size < 2_000_000
+    for address in page.images().values():
+        if address.startswith("data:image/svg"):
+            drawing = base64.b64decode(address.partition(",")[2]).decode()
+            assert "<script" not in drawing
+
+
+def test_letters_that_matplotlibs_font_lacks_are_kept(run):
+    drawing = Page(write_report(run)).images()["Confusion matrix"]
+    assert "犬" in base64.b64decode(drawing.partition(",")[2]).decode()
+
+
+def test_only_the_images_that_are_there_are_shown(run):
+    page = Page(write_report(run, images=run.parent))
+    assert page.text.count("image not found") == 4
+    assert Page(write_report(run)).text.count("image not found") == 5
+
+
+@pytest.mark.parametrize(
+    "missing", ["predictions.csv", "metrics.json", "labels.json", "skipped.csv", "all"]
+)
+def test_a_missing_file_leaves_its_section_out(run, missing):
+    files = ["predictions.csv", "metrics.json", "labels.json", "skipped.csv"]
+    for name in files if missing == "all" else [missing]:
+        (run / name).unlink()
+    page = Page(write_report(run))
+    gone = missing == "all"
+    assert ("Confusion matrix" in page.images()) == (not gone and missing != "predictions.csv")
+    assert ("All figures" in page.text) == (not gone and missing != "metrics.json")
+    assert ("Skipped images" in page.text) == (not gone and missing != "skipped.csv")
+    assert "Loss and metrics by epoch" in page.images()
+
+
+def test_without_history(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"with a history\.csv"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "epoch,loss\n", "loss\n1.0\n", "epoch,loss\n0,\n1,nan\n"])
+def test_odd_histories(tmp_path, content):
+    (tmp_path / "history.csv").write_text(content)
+    (tmp_path / "predictions.csv").write_text("file,label,prediction,probability,correct\n")
+    (tmp_path / "skipped.csv").write_text("file,reason\n")
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "labels.json").write_text("[]")
+    Page(write_report(tmp_path))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 120])
+def test_any_number_of_classes(tmp_path, classes):
+    write_history(tmp_path, epochs=1)
+    names = [str(i) for i in range(classes)]  # digits stay names
+    write_predictions(tmp_path, names, n=3 * classes, wrong=0 if classes == 1 else 3)
+    page = Page(write_report(tmp_path))
+    assert f"{classes} classes" in page.text
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+
+
+def test_predictions_of_nan(tmp_path):
+    write_history(tmp_path, val_accuracy=np.nan, epoch_seconds=np.nan)
+    (tmp_path / "predictions.csv").write_text(
+        "file,label,prediction,probability,correct\n1.png,a,,,False\n2.png,b,,,False\n"
+    )
+    page = Page(write_report(tmp_path))
+    assert "no prediction" in page.text
+    assert "Seconds of each epoch, by stage" not in page.images()
+
+
+def test_many_skipped_images_are_cut(tmp_path):
+    write_history(tmp_path)
+    rows = pd.DataFrame({"file": [f"{i}.jpg" for i in range(500)], "reason": "empty file"})
+    rows.to_csv(tmp_path / "skipped.csv", index=False)
+    page = Page(write_report(tmp_path))
+    assert "500 left out; the first 200 are shown" in page.text
+    assert page.text.count("empty file") == 200
+
+
+def test_a_failure_leaves_the_old_report(run, monkeypatch):
+    write_report(run)
+    before = (run / "report.html").read_bytes()
+    (run / "metrics.json").write_text('["a list"]')
+    with pytest.raises(ValueError, match=r"JSON dict in metrics\.json"):
+        write_report(run)
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    (run / "metrics.json").unlink()
+    monkeypatch.setattr(html.files, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert [path.name for path in run.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_the_same_run_gives_the_same_page(run):
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_a_missing_library_names_the_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r'jinja2.*pip install "keras-xfer\[report\]"'):
+        write_report(run)
