@@ -81,8 +81,8 @@ class BackbonePreprocessing(keras.layers.Rescaling):
     >>> import numpy as np
     >>> images = np.full((2, 48, 64, 3), 255, "uint8")
     >>> layer = BackbonePreprocessing.for_application("MobileNetV2", image_size=32)
-    >>> outputs = keras.ops.convert_to_numpy(layer(images))
-    >>> outputs.shape, float(outputs.max())
+    >>> outputs = layer(images)
+    >>> tuple(outputs.shape), float(keras.ops.max(outputs))
     ((2, 32, 32, 3), 1.0)
 
     Reference: https://keras.io/api/layers/preprocessing_layers/
@@ -242,7 +242,8 @@ class BackbonePreprocessing(keras.layers.Rescaling):
         if self.resizing is not None:
             x = self.resizing(x)
         if channels == 1:
-            x = ops.numpy.repeat(x, 3, axis=self._channel_axis)
+            # Not `repeat`: on torch it fails on the meta device, where Keras infers shapes.
+            x = ops.numpy.concatenate([x, x, x], axis=self._channel_axis)
         scale, offset = self._for_input_range()
         x = x * ops.cast(scale, self.compute_dtype) + ops.cast(offset, self.compute_dtype)
         if self.channel_order == "bgr":
@@ -341,6 +342,8 @@ class BackbonePreprocessing(keras.layers.Rescaling):
         if not is_float and low <= np.iinfo(dtype).min and np.iinfo(dtype).max <= high:
             return  # no value of this dtype lies outside, which spares the common uint8 a pass
         least, most = float(keras.ops.min(x)), float(keras.ops.max(x))
+        if least == most == 1:
+            return  # on torch, Keras may infer shapes by calling a model on ones
         tolerance = 1e-4 * (high - low)  # rounding, as of a resized image
         if least < low - tolerance or most > high + tolerance:
             problem = f"holds values outside input_range={self.input_range}"
