@@ -283,10 +283,10 @@ def _optimizer_for(
     members = []
     for member in optimizer._members if grouped else [optimizer]:
         kept = [v for v in member._trainable_variables if key(v) in wanted]
-        if len(kept) == len(member._trainable_variables):
-            members.append(member)
-        elif kept and int(member._iterations):
-            members.append(_rebuilt(member, kept))
+        if not kept or not int(member._iterations.numpy()):
+            continue  # nothing of it trains on, or it has not taken a step yet
+        whole = len(kept) == len(member._trainable_variables)
+        members.append(member if whole else _rebuilt(member, kept))
     trained = {key(v) for member in members for v in member._trainable_variables}
     if new := [variable for variable in variables if key(variable) not in trained]:
         members.append(_fresh(members[0] if members else optimizer, new, f"_{len(members)}"))

@@ -96,7 +96,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         planned = self._running
         assert planned is not None  # noqa: S101  # on_epoch_begin has run
         if logs is not None:
-            rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+            rate = float(self.model.optimizer.learning_rate)
             logs["stage"] = planned.index
             logs["trainable_params"] = parameters([self.model], trainable_only=True)
             logs["learning_rate"] = rate
