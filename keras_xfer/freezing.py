@@ -6,6 +6,8 @@ Pure functions over any Keras model; `Backbone` and `StagedUnfreezing` are made 
 
 import contextlib
 import difflib
+import functools
+import inspect
 import itertools
 import math
 import operator
@@ -114,9 +116,13 @@ def graph_nodes(model: keras.Layer) -> tuple[list[Node], tuple[int, ...]] | None
                         nodes.append(Node(node.operation, inputs, outputs))
                     continue
                 inner_scope = next(scopes)
-                for outer, own in zip(node.input_tensors, inner.inputs, strict=True):
+                for outer, own in zip(node.input_tensors, inner.inputs, strict=False):
                     numbers[inner_scope, id(own)] = number(scope, outer)
                 visit(inner, inner_scope)
+                # What came besides the inputs (a mask) is in use to the end.
+                besides = node.input_tensors[len(inner.inputs) :]
+                extra = tuple(number(scope, tensor) for tensor in besides)
+                nodes[-1] = nodes[-1]._replace(inputs=nodes[-1].inputs + extra)
                 for outer, own in zip(node.outputs, inner.outputs, strict=True):
                     numbers[scope, id(outer)] = number(inner_scope, own)
 
@@ -140,15 +146,16 @@ def find_backbone(model: keras.Layer, backbone: "Thawable | str | None" = None) 
     Raises:
         ValueError: no backbone, several of them and no name, or none of that name.
     """
-    found = {layer.name: layer for layer in walk(model) if isinstance(layer, Thawable)}
-    names = ", ".join(repr(name) for name in found) or "none"
+    found = [layer for layer in walk(model) if isinstance(layer, Thawable)]
+    names = ", ".join(repr(layer.name) for layer in found) or "none"
     wanted = backbone if backbone is None or isinstance(backbone, str) else backbone.name
-    if wanted is not None and wanted not in found:
+    matching = [layer for layer in found if wanted in (None, layer.name)]
+    if wanted is not None and len(matching) != 1:
         raise ValueError(
-            f"Expected a keras_xfer Backbone of that name inside model {model.name!r}. "
-            f"Received: backbone={wanted!r}; found: {names}."
+            f"Expected {'a' if not matching else 'only one'} keras_xfer Backbone of that name "
+            f"inside model {model.name!r}. Received: backbone={wanted!r}; found: {names}."
         )
-    if wanted is None and len(found) != 1:
+    if len(matching) != 1:
         raise ValueError(
             f"Expected exactly one keras_xfer Backbone inside model {model.name!r}; found: {names}. "
             + (
@@ -157,7 +164,7 @@ def find_backbone(model: keras.Layer, backbone: "Thawable | str | None" = None) 
                 else "Wrap the pretrained model: keras_xfer.Backbone(model)."
             )
         )
-    return found[wanted] if wanted is not None else next(iter(found.values()))
+    return matching[0]
 
 
 # --- Freezing and thawing --------------------------------------------------------------------
@@ -190,17 +197,16 @@ def thaw(model: keras.Layer, position: int = 0) -> None:
 
 
 def thawed(model: keras.Layer) -> dict[str, list[str]]:
-    """Which layers of `model` are trainable, by paths that hold in another process; under
-    `"affine"` those of which gamma and beta alone are."""
-    layers = {path: layer for path, layer in _paths(model)}
+    """Which layers of `model` are trainable, by paths that hold in another process, and which of
+    their weights are not what their layer is (gamma alone, say)."""
+    layers = dict(_paths(model))
     return {
         "layers": [path for path, layer in layers.items() if layer.trainable],
-        "affine": [
-            path
+        "weights": [
+            f"{path}:{i}"
             for path, layer in layers.items()
-            if isinstance(layer, keras.layers.BatchNormalization)
-            and not layer.trainable
-            and any(weight.trainable for weight in _affine(layer))
+            for i, weight in enumerate(_own_trainable(layer))
+            if weight.trainable != layer.trainable
         ],
     }
 
@@ -210,9 +216,9 @@ def restore_thawed(model: keras.Layer, state: dict[str, list[str]]) -> None:
     for path, layer in _paths(model):  # a layer comes before those inside it
         set_trainable(layer, path in state["layers"])
     for path, layer in _paths(model):
-        if path in state["affine"]:
-            for weight in _affine(layer):
-                weight.trainable = True
+        for i, weight in enumerate(_own_trainable(layer)):
+            if f"{path}:{i}" in state["weights"]:
+                weight.trainable = not layer.trainable
 
 
 def _paths(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
@@ -225,8 +231,10 @@ def _paths(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Laye
         yield from _paths(inner, f"{path}/{inner.name if by_name else i}")
 
 
-def _affine(layer: keras.layers.BatchNormalization) -> list[Any]:
-    return [weight for weight in (layer.gamma, layer.beta) if weight is not None]
+def _own_trainable(layer: keras.Layer) -> list[Any]:
+    """The weights of `layer` itself that it made to be trained, whatever its flag says now."""
+    # No public way tells them from the others of a frozen layer. Tried on Keras 3.15.1.
+    return list(layer._trainable_variables)
 
 
 def select(
@@ -272,7 +280,7 @@ def _position(
 ) -> int:
     layers = top_layers(model)
     if isinstance(start, str):
-        return 0 if start == "all" else _named_position(all_units, start, blocks)
+        return 0 if start == "all" else _named_position(model, all_units, start, blocks)
     if isinstance(start, float):
         if not 0.0 < start < 1.0:
             raise ValueError(
@@ -302,24 +310,31 @@ def _position(
     return next(i for i, unit in enumerate(all_units) if unit is inner[0])
 
 
-def _named_position(all_units: list[keras.Layer], start: str, blocks: Sequence[Any]) -> int:
-    names = [unit.name for unit in all_units]
+def _named_position(
+    model: keras.Layer, all_units: list[keras.Layer], start: str, blocks: Sequence[Any]
+) -> int:
+    at = {id(unit): i for i, unit in enumerate(all_units)}
+    names: dict[str, int] = {}
+    for layer in walk(model):
+        # A nested model begins where its first layer is.
+        first = layer if id(layer) in at or graph_of(layer) is None else units(layer)[0]
+        if layer is not model and id(first) in at:
+            names[layer.name] = min(at[id(first)], names.get(layer.name, len(at)))
     if start in names:
-        return names.index(start)
+        return names[start]
     for block in blocks:
         if block.name == start:
-            inside = {id(layer) for layer in block.layers}
-            return next(i for i, unit in enumerate(all_units) if id(unit) in inside)
+            return min(at[id(layer)] for layer in block.layers)
     try:
         pattern = re.compile(start)
     except re.error as error:
         pattern, problem = None, f" (nor is it a regular expression: {error})"
     else:
         problem = ""
-    for i, name in enumerate(names):
-        if pattern is not None and pattern.fullmatch(name):
-            return i
-    candidates = names + [block.name for block in blocks]
+    matches = [i for name, i in names.items() if pattern is not None and pattern.fullmatch(name)]
+    if matches:
+        return min(matches)
+    candidates = [*names, *(block.name for block in blocks)]
     near = difflib.get_close_matches(start, candidates, n=3, cutoff=0.0)
     raise ValueError(
         "Expected the name of a layer or a block, or a regular expression that matches a whole "
@@ -331,9 +346,7 @@ def _named_position(all_units: list[keras.Layer], start: str, blocks: Sequence[A
 def _can_train(unit: keras.Layer, batch_norm: BatchNormPolicy) -> bool:
     """Whether thawing `unit` gives the optimizer anything."""
     return any(
-        # Which weights a layer meant to train, whatever its flag says now, is private.
-        # Tried on Keras 3.15.1.
-        layer._trainable_variables
+        _own_trainable(layer)
         for layer in walk(unit)
         if not (batch_norm == "frozen" and isinstance(layer, keras.layers.BatchNormalization))
     )
@@ -355,8 +368,9 @@ def check_batch_norm(policy: str) -> BatchNormPolicy:
 class BatchNormGuard:
     """Holds the BatchNormalization layers of one model to a policy.
 
-    Anybody may set their flags at any time, so the policy cannot be set once: `enforce` runs
-    whenever Keras is about to read the flags (collecting variables, calling the model).
+    Statistics move where a layer is called: there it is told once, for good, that nobody trains.
+    What trains is said by flags, which anybody may set at any time: `enforce` runs whenever Keras
+    is about to read them.
     """
 
     def __init__(self, model: keras.Layer, policy: BatchNormPolicy) -> None:
@@ -364,21 +378,18 @@ class BatchNormGuard:
         self.layers = [
             layer for layer in walk(model) if isinstance(layer, keras.layers.BatchNormalization)
         ]
+        for layer in self.layers:
+            vars(layer).pop("call", None)  # an earlier guard's: the last one counts
+            if policy != "train":
+                _call_without_training(layer)
 
     def enforce(self) -> None:
         """Take back what contradicts the policy; nothing else changes."""
-        if self.policy == "train":
+        if self.policy != "frozen":
             return
         for layer in self.layers:
-            affine = _affine(layer)
-            asked = [weight.trainable for weight in affine]
-            if self.policy == "frozen" and (layer.trainable or any(asked)):
+            if layer.trainable or any(weight.trainable for weight in _own_trainable(layer)):
                 set_trainable(layer, False)
-            elif self.policy == "affine" and layer.trainable:
-                # trainable=False alone fixes the statistics; gamma and beta keep what was asked.
-                layer.trainable = False
-                for weight, value in zip(affine, asked, strict=True):
-                    weight.trainable = value
 
     def state(self, layers: Iterable[keras.Layer]) -> str:
         """What the BatchNormalization inside `layers` does now: `"frozen"`, `"affine"`,
@@ -386,8 +397,9 @@ class BatchNormGuard:
         states = set()
         for layer in {id(inner): inner for unit in layers for inner in walk(unit)}.values():
             if isinstance(layer, keras.layers.BatchNormalization):
-                affine = any(weight.trainable for weight in _affine(layer))
-                states.add("train" if layer.trainable else "affine" if affine else "frozen")
+                affine = any(weight.trainable for weight in _own_trainable(layer))
+                moves = layer.trainable and self.policy == "train"
+                states.add("train" if moves else "affine" if affine else "frozen")
         return ", ".join(sorted(states)) or "-"
 
 
@@ -402,66 +414,78 @@ def call(model: keras.Layer, inputs: Any, training: bool | None) -> Any:
     Dropout, stochastic depth and SpectralNormalization still act
     (https://github.com/keras-team/keras/issues/18092).
     """
-    graph = graph_of(model)
-    if graph is not None:
-        # Functional.call gives every layer the same `training`. Tried on Keras 3.15.1.
-        outputs = graph._run_through_graph(
-            graph._standardize_inputs(inputs), operation_fn=lambda op: _gated(op, training)
-        )
-        return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
-    if not _takes_training(model):
-        return model(inputs)
-    live = any(weight.trainable for weight in model.weights)
-    if not (live and training):
-        return model(inputs, training=False)
-    with _inference_mode(layer for layer in walk(model) if not layer.trainable):
-        return model(inputs, training=training)
+    live = bool(training) and any(weight.trainable for weight in model.weights)
+    outputs = _call(model, (inputs,), {}, live)
+    # In Keras an explicit `training` also reaches the layers that are called after this one, in a
+    # `call` that somebody wrote by hand: a head's dropout would not act above a frozen backbone.
+    # So the last word is the `training` that came. Tried on Keras 3.15.1.
+    return _SAY_TRAINING(outputs, training=training)
 
 
-def _takes_training(layer: Any) -> bool:
-    # Keras works this out once for each layer and does not publish it. Tried on Keras 3.15.1.
-    return bool(getattr(layer, "_call_has_training_arg", False))
+_SAY_TRAINING = keras.layers.Identity(name="say_training", autocast=False)
 
 
-def _gated(operation: Any, training: bool | None) -> Callable[..., Any]:
-    """`operation`, told `training` only if it is trainable."""
+def _call(layer: keras.Layer, args: Any, kwargs: Any, training: bool) -> Any:
+    """`layer(*args, **kwargs)`, told `training` where it and what is in it is trainable."""
+    inside = walk(layer)
+    # Keras takes `training` for every layer, and hands it on to those inside that ask for it.
+    if not (training and any(inner.trainable for inner in inside)):
+        return layer(*args, **kwargs, training=False)
+    graph = graph_of(layer)
+    if graph is None or len(args) != 1 or kwargs:
+        still = [inner for inner in inside if not any(each.trainable for each in walk(inner))]
+        with _inference_mode(still):
+            return layer(*args, **kwargs, training=True)
+    # Functional.call gives every layer the same `training`. Tried on Keras 3.15.1.
+    outputs = graph._run_through_graph(graph._standardize_inputs(args[0]), operation_fn=_gated)
+    return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
+
+
+def _gated(operation: Any) -> Callable[..., Any]:
+    """`operation`, which trains if it is trainable and was not told otherwise in the graph."""
     if not isinstance(operation, keras.Layer):
         return operation  # type: ignore[no-any-return]  # an Operation such as keras.ops.add
-    if not _takes_training(operation):
-        return operation  # type: ignore[no-any-return]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        asked = kwargs.pop("training", None)  # written into the graph: layer(x, training=False)
-        wanted = training if asked is None else asked
-        if graph_of(operation) is not None:
-            return call(operation, *args, wanted)
-        return operation(*args, training=bool(wanted) and operation.trainable, **kwargs)
+        said = kwargs.pop("training", None)
+        return _call(operation, args, kwargs, said is not False or _is_default(operation, said))
 
     return run
+
+
+def _is_default(layer: keras.Layer, training: bool) -> bool:
+    """Whether `training` may be the default of the layer's `call`, which Keras writes into the
+    graph as if it had been asked for."""
+    parameter = inspect.signature(layer.call).parameters.get("training")
+    return parameter is not None and parameter.default is training
 
 
 @contextlib.contextmanager
 def _inference_mode(layers: Iterable[keras.Layer]) -> Iterator[None]:
     """Within it the `call` of each of `layers` gets training=False, whoever calls it.
 
-    For models whose `call` is their own code: there is no graph to walk, and an explicit
+    For layers whose `call` is their own code: there is no graph to walk, and an explicit
     `training` beats whatever Keras would pass on.
     """
-    changed = []
+    changed = [layer for layer in layers if "call" not in vars(layer)]
     try:
-        for layer in layers:
-            if _takes_training(layer) and "call" not in vars(layer):
-                # Past the layer's own __setattr__, which would track or refuse a function.
-                object.__setattr__(layer, "call", _without_training(layer.call))
-                changed.append(layer)
+        for layer in changed:
+            _call_without_training(layer)
         yield
     finally:
         for layer in changed:
-            object.__delattr__(layer, "call")
+            vars(layer).pop("call", None)
 
 
-def _without_training(method: Callable[..., Any]) -> Callable[..., Any]:
+def _call_without_training(layer: keras.Layer) -> None:
+    """Let the `call` of `layer`, this one object, get training=False whatever it is given."""
+    method = layer.call
+    if "training" not in inspect.signature(method).parameters:
+        return
+
+    @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **{**kwargs, "training": False})
 
-    return call
+    # Past the layer's own __setattr__, which would track or refuse a function.
+    vars(layer)["call"] = call

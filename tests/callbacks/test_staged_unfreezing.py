@@ -172,7 +172,7 @@ def test_validation_and_other_callbacks_beside_it(tmp_path):
     assert len(history["val_accuracy"]) == 5
     assert history["learning_rate"][1] == pytest.approx(1e-3)
     assert history["learning_rate"][-1] < 5e-4
-    assert model.optimizer.learning_rate == pytest.approx(history["learning_rate"][-1] / 2)
+    assert float(model.optimizer.learning_rate) == pytest.approx(history["learning_rate"][-1] / 2)
     assert (tmp_path / "log.csv").read_text().startswith("epoch,accuracy,backbone_learning_rate")
 
 
