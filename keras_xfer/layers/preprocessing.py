@@ -144,6 +144,10 @@ class BackbonePreprocessing(keras.layers.Rescaling):
                 data_format=self.data_format,
                 dtype=self.compute_dtype,
             )
+            if self.antialias and keras.backend.backend() == "tensorflow":
+                # XLA has no kernel for TensorFlow's antialiased resizing, and Keras compiles with
+                # XLA by default where there is a GPU.
+                self.supports_jit = False
         self._has_warned = False
 
     @classmethod
