@@ -75,7 +75,7 @@ def test_outside_of_fit():
 
 @pytest.mark.parametrize("make", schedules.optimizers(), ids=lambda each: each.__name__)
 def test_what_already_trained_keeps_its_state_bit_for_bit(make):
-    model = compiled(make(1e-2))
+    model = compiled(make(1e-2), run_eagerly=True)
     x, y = schedules.data()
     model.fit(x, y, **BATCH)
     before = {id(v): schedules.value(v) for v in model.optimizer.variables}
@@ -100,7 +100,7 @@ def test_a_thawed_layer_without_gradients_leaves_the_head_alone(make):
         # Without effect on the head's input either: zero gradients (JAX) may still move weights.
         base = Backbone(keras.Model(inputs, inputs + 0.0 * dead), name="base")
         model = keras.Sequential([inputs, base, keras.layers.Dense(3, name="head")])
-        model.compile(make(1e-2), schedules.LOSS(from_logits=True))
+        model.compile(make(1e-2), schedules.LOSS(from_logits=True), run_eagerly=True)
         model.fit(x, y, **BATCH)
         if thawed:
             thaw(model, "dead", 1e-2)

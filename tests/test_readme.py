@@ -1,0 +1,46 @@
+"""Every Python block of the README runs, in order, as one reader would run them."""
+
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_xfer import applications
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+def test_the_blocks_run(tmp_path, monkeypatch):
+    assert BLOCKS
+    build = applications.build
+    monkeypatch.setattr(  # no network: random weights, and no time: a small model
+        applications,
+        "build",
+        lambda name, **kwargs: build(name, **{**kwargs, "weights": None, "alpha": 0.35}),
+    )
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 160, 160, 3), "uint8")
+    labels = rng.integers(0, 5, 8)
+    namespace = {
+        "images": images,
+        "labels": labels,
+        "validation": (images, labels),
+        "EPOCHS": 3,
+    }
+    fit = keras.Model.fit
+
+    def short_fit(self, *args, **kwargs):
+        return fit(self, *args, **{**kwargs, "epochs": 3, "verbose": 0, "batch_size": 4})
+
+    monkeypatch.setattr(keras.Model, "fit", short_fit)
+    for block in BLOCKS:
+        exec(compile(block, str(README), "exec"), namespace)  # noqa: S102  # our own README
+
+
+@pytest.mark.parametrize("line", ["pip install -e", "keras-xfer demo", "pytest"])
+def test_the_two_lines_stand_at_the_top(line):
+    assert line in "\n".join(README.read_text("utf-8").splitlines()[:25])
