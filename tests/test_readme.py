@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
@@ -25,20 +24,11 @@ def test_the_blocks_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 160, 160, 3), "uint8")
     labels = rng.integers(0, 5, 8)
-    namespace = {
-        "images": images,
-        "labels": labels,
-        "validation": (images, labels),
-        "EPOCHS": 3,
-    }
-    fit = keras.Model.fit
-
-    def short_fit(self, *args, **kwargs):
-        return fit(self, *args, **{**kwargs, "epochs": 3, "verbose": 0, "batch_size": 4})
-
-    monkeypatch.setattr(keras.Model, "fit", short_fit)
+    namespace = {"images": images, "labels": labels, "validation": (images, labels)}
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), namespace)  # noqa: S102  # our own README
+    assert (tmp_path / "best.keras").exists()
+    assert namespace["model"].history.history["stage"] == [0] * 5 + [1] * 10
 
 
 @pytest.mark.parametrize("line", ["pip install -e", "keras-xfer demo", "pytest"])
