@@ -1,0 +1,1 @@
+"""One script a question: `python -m benchmarks.NAME` prints a table and writes JSON."""

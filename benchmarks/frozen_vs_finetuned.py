@@ -1,4 +1,4 @@
-"""How much faster is a frozen backbone than a fine-tuned one, and what does keras_xfer cost?
+"""Time a frozen backbone against a fine-tuned one, and what keras_xfer adds to hand-written Keras.
 
     python -m benchmarks.frozen_vs_finetuned [--all] [--output FILE.json]
 
@@ -68,7 +68,9 @@ def with_keras_xfer(case: Case, start: str) -> keras.Model:
     return keras.Sequential([keras.Input(shape), *layers])
 
 
-def measure(case: Case, start: str, *, images: int, batch_size: int, repeats: int) -> dict[str, Any]:
+def measure(
+    case: Case, start: str, *, images: int, batch_size: int, repeats: int
+) -> dict[str, Any]:
     """Seconds of one epoch of each, in alternation."""
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 255, (images, case.image_size, case.image_size, 3)).astype("float32")

@@ -21,7 +21,9 @@ def description() -> dict[str, Any]:
             continue
     return {
         "backend": keras.backend.backend(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "processor": platform.machine(),
         "python": platform.python_version(),
         "system": platform.system(),

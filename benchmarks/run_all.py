@@ -1,6 +1,6 @@
 """Run every benchmark and write its JSON, with machine and versions, into one folder.
 
-    python -m benchmarks.run_all --output runs/benchmarks
+python -m benchmarks.run_all --output runs/benchmarks
 """
 
 import argparse

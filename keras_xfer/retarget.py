@@ -242,7 +242,7 @@ class GroupedOptimizer(keras.optimizers.Optimizer):
 def _distribution_scope(model: keras.Model) -> contextlib.AbstractContextManager[Any]:
     """Under tf.distribute variables must be made inside the strategy's scope."""
     if keras.backend.backend() == "tensorflow":
-        return model.distribute_strategy.scope()  # type: ignore[no-any-return]
+        return model.distribute_strategy.scope()
     return contextlib.nullcontext()
 
 

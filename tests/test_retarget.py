@@ -143,7 +143,10 @@ def test_freezing_again_keeps_the_state_of_what_goes_on():
     model.fit(x, y, **BATCH)
     optimizer, head = model.optimizer, model.get_layer("head").kernel
     at = optimizer._get_variable_index(head)
-    momentum, velocity = schedules.value(optimizer._momentums[at]), schedules.value(optimizer._velocities[at])
+    momentum, velocity = (
+        schedules.value(optimizer._momentums[at]),
+        schedules.value(optimizer._velocities[at]),
+    )
     retarget(model, model.get_layer("base").freeze)
     new = model.optimizer
     assert len(new._trainable_variables) == 2

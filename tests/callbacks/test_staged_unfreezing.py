@@ -82,7 +82,9 @@ def test_each_stage_trains_its_layers_from_its_first_step():
             inner = model.get_layer("base").model
             seen.append([schedules.value(inner.get_layer(name).kernel) for name in ("low", "high")])
 
-    start = [schedules.value(model.get_layer("base").model.get_layer(n).kernel) for n in ("low", "high")]
+    start = [
+        schedules.value(model.get_layer("base").model.get_layer(n).kernel) for n in ("low", "high")
+    ]
     one_batch = x[:8], y[:8]
     model.fit(*one_batch, epochs=3, callbacks=[StagedUnfreezing(stages(1)), Watch()], **BATCH)
     moved = [
@@ -189,9 +191,7 @@ def test_a_copy_made_before_training_works_and_leaves_the_original_alone():
 
 def test_the_backbone_is_found_by_name_or_alone():
     def base(name):
-        return Backbone(
-            keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)]), name=name
-        )
+        return Backbone(keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)]), name=name)
 
     inputs = keras.Input((4,))
     one, two = base("one"), base("two")
@@ -239,8 +239,12 @@ def test_it_prints_what_begins(capsys):
     ]
     model.fit(x, y, epochs=2, callbacks=[StagedUnfreezing(schedule, verbose=1)], **BATCH)
     out = capsys.readouterr().out
-    assert "Epoch 1: stage 1 (head) of 2 trains the head, 15 parameters at learning rate 0.01" in out
-    assert "Epoch 2: stage 2 of 2 trains unfreeze='high', 51 parameters at learning rate 0.001" in out
+    assert (
+        "Epoch 1: stage 1 (head) of 2 trains the head, 15 parameters at learning rate 0.01" in out
+    )
+    assert (
+        "Epoch 2: stage 2 of 2 trains unfreeze='high', 51 parameters at learning rate 0.001" in out
+    )
 
 
 def test_errors_come_before_training():
@@ -260,9 +264,7 @@ def test_beginning_after_the_end_is_refused():
     model = compiled("adam")
     x, y = schedules.data()
     with pytest.raises(ValueError, match="of the schedule, which has 3"):
-        model.fit(
-            x, y, epochs=9, initial_epoch=3, callbacks=[StagedUnfreezing(stages(1))], **BATCH
-        )
+        model.fit(x, y, epochs=9, initial_epoch=3, callbacks=[StagedUnfreezing(stages(1))], **BATCH)
 
 
 def test_mixed_precision():
