@@ -1,0 +1,545 @@
+"""BestCheckpoint: the best model of a run in one file, over stages, `fit` calls, restarts and kills."""
+
+# ruff: noqa: ARG002, D102 - the names, arguments and meanings of the hooks are Keras's
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+
+from keras_xfer.files import (
+    check_writable,
+    remove_leftovers,
+    replacing_all,
+    sha256,
+    temporaries,
+    to_json,
+)
+from keras_xfer.stages import current_stage
+
+_RECORD_FORMAT = 1
+
+
+@keras.saving.register_keras_serializable(package="keras_xfer")
+class BestCheckpoint(keras.callbacks.Callback):
+    """Keeps the best model of a run, over stages, over several `fit` calls and over restarts.
+
+    Use it in place of `keras.callbacks.ModelCheckpoint(save_best_only=True)` wherever a run may be
+    interrupted, or is made of several `fit` calls: ModelCheckpoint forgets its best in a new
+    process and lets a worse model overwrite the file, writes in place, and keeps a first NaN for
+    ever. Here `filepath` always loads, whenever the process is killed.
+
+    Beside the model, `<filepath>.json` holds `monitor`, `mode`, `best`, `epoch` (from 0), `stage`
+    (None without a schedule), `logs` (every log of that epoch that is a number, as floats), the
+    `structure` of the model and the `sha256` of the model file. Both files are complete before
+    either is replaced; a process that is killed between the two replacements is made good at the
+    next start.
+
+    Only finite values can be best. Of equal values the earlier one stays.
+
+    Args:
+        filepath: str or path, ends in `.keras`, or in `.weights.h5` with `save_weights_only=True`.
+            One file, not a pattern. Its folder is created.
+        monitor: str, the log to compare, with `val_` for that of the validation data.
+        mode: `"max"`, `"min"`, or `"auto"`: by the metric that the model was compiled with, else by
+            its name.
+        min_delta: float >= 0, a value must be better by more than this.
+        save_weights_only: bool, `model.save_weights` in place of `model.save`.
+        restore_best_weights: bool, at the end of `fit` give the model the weights in `filepath`,
+            also where they come from an earlier `fit` or process. The optimizer keeps its state,
+            since its variables may by then be those of another stage.
+        resume: bool, go on from what `filepath` holds. It must have been written for the same
+            monitor, mode and structure. With False the first model that is any good replaces it;
+            later `fit` calls of the same callback with the same model still go on.
+        verbose: 0 or 1, print what is saved, resumed and restored.
+
+    Attributes:
+        best: float, or None as long as there is none.
+        best_epoch: int from 0, or None.
+        best_logs: dict of floats, or None.
+
+    Raises:
+        ValueError: an argument is wrong; `monitor` is not among the logs; its direction cannot be
+            told; with `resume=True`, what is at `filepath` belongs to something else.
+        OSError: `filepath` cannot be written (at the start of `fit`, before any training), or a
+            save has failed. The files and `best` are then those of the last save that succeeded.
+
+    Example:
+    >>> import tempfile, numpy as np
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.ones((8, 2)), np.zeros((8, 1))
+    >>> filepath = tempfile.mkdtemp() + "/best.keras"
+    >>> best = BestCheckpoint(filepath, monitor="val_loss")
+    >>> _ = model.fit(x, y, validation_data=(x, y), epochs=3, verbose=0, callbacks=[best])
+    >>> loaded = keras.models.load_model(filepath)
+    >>> bool(np.isclose(loaded.evaluate(x, y, verbose=0), best.best))
+    True
+
+    Reference:
+        https://keras.io/api/callbacks/model_checkpoint/
+        https://github.com/keras-team/keras/issues/17012
+    """
+
+    def __init__(
+        self,
+        filepath: str | os.PathLike[str],
+        monitor: str = "val_accuracy",
+        *,
+        mode: Literal["auto", "min", "max"] = "auto",
+        min_delta: float = 0.0,
+        save_weights_only: bool = False,
+        restore_best_weights: bool = False,
+        resume: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_arguments(filepath, monitor, mode, min_delta, save_weights_only)
+        self.filepath = os.fspath(filepath)
+        self.monitor = monitor
+        self.mode = mode
+        self.min_delta = float(min_delta)
+        self.save_weights_only = bool(save_weights_only)
+        self.restore_best_weights = bool(restore_best_weights)
+        self.resume = bool(resume)
+        self.verbose = verbose
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.best_logs: dict[str, float] | None = None
+        self._path = Path(self.filepath).expanduser().absolute()
+        self._record_path = Path(f"{self._path}.json")
+        self._model_of_best: Any = None
+        self._direction: str | None = None
+        self._begun = False
+        self._epochs_seen = 0
+        self._monitor_seen = False
+        self._validated = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._begun = False
+        self._epochs_seen = 0
+        self._monitor_seen = False
+        self._validated = False
+        self._prepare_files()
+        self._direction = self._find_direction()
+        if self.model.built and (self._direction or not _has_unbuilt_metrics(self.model)):
+            self._begin()
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        # TensorFlow builds metrics, and models without an Input, in the first step.
+        if batch > 0 and not self._begun:
+            self._begin()
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._validated = True
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = logs or {}
+        if not self._begun:
+            self._begin()
+        self._epochs_seen += 1
+        validated, self._validated = self._validated, False
+        if self.monitor not in logs:
+            self._check_still_to_come(logs, validated)
+            return
+        self._monitor_seen = True
+        value = _as_float(logs[self.monitor])
+        if value is None:
+            raise ValueError(
+                f"BestCheckpoint expects the monitored log to be one number. "
+                f"Received: {self.monitor}={logs[self.monitor]!r}. Monitor another log."
+            )
+        if not self._is_better(value):
+            wanted = "finite" if self.best is None else f"better than {self.best:.5g}"
+            self._say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5g} is not {wanted}")
+            return
+        self._save(value, epoch, logs)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._epochs_seen and not self._monitor_seen and self.best is None:
+            raise ValueError(
+                f"BestCheckpoint has saved nothing: {self.monitor!r} was not logged in any epoch. "
+                f"Received: monitor={self.monitor!r}. Lower validation_freq, pass validation_data "
+                "to fit, or monitor a log of the training data. The trained model is unharmed: "
+                "catch this error and save it."
+            )
+        if self.restore_best_weights and self.best is not None:
+            self._restore()
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "filepath": self.filepath,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "min_delta": self.min_delta,
+            "save_weights_only": self.save_weights_only,
+            "restore_best_weights": self.restore_best_weights,
+            "resume": self.resume,
+            "verbose": self.verbose,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BestCheckpoint":
+        return cls(**config)
+
+    def _prepare_files(self) -> None:
+        """Fail now where a save would fail, and ends what a killed process had begun."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"BestCheckpoint cannot create the folder {self._path.parent} ({error.strerror}). "
+                f"Choose another path. Received: filepath={self.filepath}",
+            ) from error
+        check_writable(self._path, self._record_path)
+        left = temporaries(self._record_path)
+        if left and self._path.exists():
+            digest = sha256(self._path)
+            for record in left:
+                if (_read_record(record) or {}).get("sha256") == digest:
+                    record.replace(self._record_path)
+                    break
+        remove_leftovers(self._path)
+        remove_leftovers(self._record_path)
+
+    def _begin(self) -> None:
+        """Find out what needs the built model: the direction, and whether the record belongs to it."""
+        self._direction = self._direction or self._find_direction()
+        if self._direction is None:
+            raise ValueError(
+                "BestCheckpoint cannot tell whether a higher or a lower value of this metric is "
+                f"better. Received: monitor={self.monitor!r}, mode='auto'. Pass mode='max' or "
+                "mode='min'."
+            )
+        same_run = self.best is not None and self._model_of_best is self.model
+        self.best = self.best_epoch = self.best_logs = None
+        if (self.resume or same_run) and self._path.exists():
+            self._go_on()
+        self._model_of_best = self.model
+        self._begun = True
+
+    def _find_direction(self) -> str | None:
+        return self.mode if self.mode != "auto" else direction_of(self.monitor, self.model)
+
+    def _go_on(self) -> None:
+        mend = (
+            "Choose another filepath, pass resume=False to replace it by the best of this run, "
+            f"or delete it. Received: filepath={self.filepath}"
+        )
+        record = _read_record(self._record_path)
+        if record is None:
+            raise ValueError(
+                f"BestCheckpoint(resume=True) found a model without its record: "
+                f"{self._record_path.name} is missing or is not a record of BestCheckpoint. {mend}"
+            )
+        if record["sha256"] != sha256(self._path):
+            raise ValueError(
+                f"BestCheckpoint(resume=True) found a model that is not the one described in "
+                f"{self._record_path.name}: something else has written it since. {mend}"
+            )
+        expected = {
+            "monitor": self.monitor,
+            "mode": self._direction,
+            "structure": structure(self.model),
+        }
+        differences = [
+            f"{name} was {record[name]!r} and is {value!r}"
+            for name, value in expected.items()
+            if record[name] != value
+        ]
+        if differences:
+            raise ValueError(
+                "BestCheckpoint(resume=True) found the model of another run: "
+                f"{'; '.join(differences)}. {mend}"
+            )
+        self.best = float(record["best"])
+        self.best_epoch = int(record["epoch"])
+        self.best_logs = {name: float(value) for name, value in record["logs"].items()}
+        self._say(
+            f"BestCheckpoint goes on from {self.filepath}: {self.monitor} = {self.best:.5g} "
+            f"of epoch {self.best_epoch + 1}"
+        )
+
+    def _is_better(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if self.best is None:
+            return True
+        if self._direction == "max":
+            return value - self.min_delta > self.best
+        return value + self.min_delta < self.best
+
+    def _save(self, value: float, epoch: int, logs: dict[str, Any]) -> None:
+        numbers = {name: _as_float(log) for name, log in logs.items()}
+        best_logs = {name: number for name, number in numbers.items() if number is not None}
+        stage = logs.get("stage", current_stage(self.model))
+        with replacing_all(self._path, self._record_path) as (model_file, record_file):
+            if self.save_weights_only:
+                self.model.save_weights(model_file)
+            else:
+                self.model.save(model_file)
+            record = {
+                "format": _RECORD_FORMAT,
+                "monitor": self.monitor,
+                "mode": self._direction,
+                "best": value,
+                "epoch": int(epoch),
+                "stage": None if stage is None else int(stage),
+                "logs": best_logs,
+                "structure": structure(self.model),
+                "sha256": sha256(model_file),
+            }
+            record_file.write_text(to_json(record), encoding="utf-8")
+        before = "" if self.best is None else f", better than {self.best:.5g}"
+        self.best, self.best_epoch, self.best_logs = value, int(epoch), best_logs
+        self._say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5g}{before}; saved {self.filepath}")
+
+    def _restore(self) -> None:
+        # The optimizer is set aside: Keras would load its variables by position, and those of
+        # another stage fit by number without being the same.
+        optimizer, self.model.optimizer = self.model.optimizer, None
+        try:
+            self.model.load_weights(self._path)
+        finally:
+            self.model.optimizer = optimizer
+        self._say(
+            f"Restored the weights of epoch {(self.best_epoch or 0) + 1} from {self.filepath}"
+        )
+
+    def _check_still_to_come(self, logs: dict[str, Any], validated: bool) -> None:
+        """Let an epoch without validation lack the monitor, and no other epoch."""
+        fit = _arguments_of_fit(self.model)
+        validation_may_come = self.monitor.startswith("val_") and not (
+            validated
+            or (fit is not None and fit["validation_data"] is None)
+            or (fit is None and any(name.startswith("val_") for name in logs))
+            or (_tests_what_it_trains(self.model) and self.monitor[len("val_") :] not in logs)
+        )
+        if validation_may_come:
+            return
+        hint = ""
+        if self.monitor.startswith("val_") and fit is not None and fit["validation_data"] is None:
+            hint = "fit was given no validation_data. "
+        raise ValueError(
+            f"BestCheckpoint expects a log that every epoch (every epoch with validation) has. "
+            f"Received: monitor={self.monitor!r}, while the logs are {sorted(logs)}. {hint}Choose "
+            "one of these, or, if another callback logs it, place that callback before this one "
+            "and let it log NaN where it computes nothing."
+        )
+
+    def _say(self, message: str) -> None:
+        if self.verbose > 0:
+            print(f"\n{message}")  # noqa: T201 - as Keras's own callbacks do when asked to
+
+
+def direction_of(monitor: str, model: Any) -> str | None:
+    """Tell `"max"` or `"min"` by the compiled metric of that name, else by the name; None if neither
+    tells.
+    """
+    name = monitor.removeprefix("val_")
+    for metric in _compiled_metrics(model):
+        if name == metric.name or name.endswith(f"_{metric.name}"):
+            if isinstance(metric, _HIGHER_IS_BETTER):
+                return "max"
+            if isinstance(metric, _LOWER_IS_BETTER):
+                return "min"
+    name = re.sub(r"_\d+$", "", name.lower())  # Keras numbers metrics of one name: auc_1
+    if re.search(rf"(^|_)({_LOWER_NAMES})$", name):
+        return "min"
+    if re.search(rf"(^|_)({_HIGHER_NAMES})$", name):
+        return "max"
+    return None
+
+
+def structure(model: Any) -> dict[str, Any]:
+    """Sum up what makes two models the same: classes of layers, and the weights in their order.
+
+    Names are left out but those of the variables: Keras numbers layers by the order in which a
+    process makes them, and a reloaded model may have other paths.
+    """
+    weights = [
+        (w.name, tuple(w.shape), keras.backend.standardize_dtype(w.dtype)) for w in model.weights
+    ]
+    layers = [type(layer).__name__ for layer in _layers(model)]
+    digest = hashlib.sha256(json.dumps([layers, weights]).encode()).hexdigest()
+    return {
+        "layers": len(layers),
+        "weights": len(weights),
+        "parameters": sum(math.prod(shape) for _, shape, _ in weights),
+        "sha256": digest,
+    }
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    for layer in getattr(model, "layers", []):
+        yield layer
+        yield from _layers(layer)
+
+
+def _compiled_metrics(model: Any) -> Iterator[Any]:
+    """Yield metrics as objects of their own; Keras holds those given to `compile` in one container."""
+    for metric in model.metrics:
+        yield from getattr(metric, "metrics", [metric])
+
+
+def _has_unbuilt_metrics(model: Any) -> bool:
+    return any(not getattr(metric, "built", True) for metric in model.metrics)
+
+
+def _tests_what_it_trains(model: Any) -> bool:
+    """Tell whether both of the model's steps are Keras's, so that validation logs the same metrics."""
+    return all(
+        getattr(getattr(model, step), "__func__", None) is getattr(keras.Model, step)
+        for step in ("train_step", "test_step")
+    )
+
+
+def _arguments_of_fit(model: Any) -> dict[str, Any] | None:
+    """Find the arguments of the `fit` that is running; None where there is none.
+
+    Callbacks are told the number of epochs and steps only. Without knowing whether validation data
+    exist, a run without them would be found out when it is over.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "fit":
+            names = frame.f_locals
+            if names.get("self") is model and "validation_data" in names:
+                return dict(names)
+        frame = frame.f_back
+    return None
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Read a complete record of this format; None where there is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    needed = {"format", "monitor", "mode", "best", "epoch", "logs", "structure", "sha256"}
+    if not isinstance(record, dict) or not needed <= record.keys():
+        return None
+    return record if record["format"] == _RECORD_FORMAT else None
+
+
+def _as_float(value: Any) -> float | None:
+    """Turn one number of Python, NumPy or a backend into a float; None for all else."""
+    if isinstance(value, (int, float)):  # a backend would round it to float32
+        return float(value)
+    if isinstance(value, str):
+        return None
+    try:
+        array = keras.ops.convert_to_numpy(value)
+        return float(array.item()) if array.size == 1 else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_arguments(
+    filepath: str | os.PathLike[str],
+    monitor: str,
+    mode: str,
+    min_delta: float,
+    save_weights_only: bool,
+) -> None:
+    suffix = ".weights.h5" if save_weights_only else ".keras"
+    if not os.fspath(filepath).endswith(suffix):
+        raise ValueError(
+            f"BestCheckpoint expects a filepath that ends in {suffix!r} with "
+            f"save_weights_only={save_weights_only} (a whole model is '.keras', weights are "
+            f"'.weights.h5'). Received: filepath={os.fspath(filepath)!r}"
+        )
+    if re.search(r"\{\w+(:[^}]*)?\}", os.fspath(filepath)):
+        raise ValueError(
+            "BestCheckpoint keeps one file and expects its path, not a pattern. "
+            f"Received: filepath={os.fspath(filepath)!r}. The epoch and the logs of the best are in "
+            "the JSON file beside it."
+        )
+    if not isinstance(monitor, str) or not monitor:
+        raise ValueError(
+            "BestCheckpoint expects monitor to be the name of a log, such as 'val_accuracy'. "
+            f"Received: monitor={monitor!r}"
+        )
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(
+            f"BestCheckpoint expects mode to be 'auto', 'min' or 'max'. Received: mode={mode!r}"
+        )
+    if not (math.isfinite(min_delta) and min_delta >= 0):
+        raise ValueError(
+            "BestCheckpoint expects min_delta to be a finite number >= 0, in both modes. "
+            f"Received: min_delta={min_delta!r}"
+        )
+
+
+# Keras knows the direction of its metrics in a private attribute only, so it is written down here.
+_HIGHER_IS_BETTER = tuple(
+    getattr(keras.metrics, name)
+    for name in (
+        "AUC",
+        "Accuracy",
+        "BinaryAccuracy",
+        "BinaryIoU",
+        "CategoricalAccuracy",
+        "ConcordanceCorrelation",
+        "CosineSimilarity",
+        "F1Score",
+        "FBetaScore",
+        "IoU",
+        "MeanIoU",
+        "OneHotIoU",
+        "OneHotMeanIoU",
+        "PearsonCorrelation",
+        "Precision",
+        "PrecisionAtRecall",
+        "R2Score",
+        "Recall",
+        "RecallAtPrecision",
+        "SensitivityAtSpecificity",
+        "SparseCategoricalAccuracy",
+        "SparseTopKCategoricalAccuracy",
+        "SpecificityAtSensitivity",
+        "TopKCategoricalAccuracy",
+        "TrueNegatives",
+        "TruePositives",
+    )
+)
+_LOWER_IS_BETTER = tuple(
+    getattr(keras.metrics, name)
+    for name in (
+        "BinaryCrossentropy",
+        "CategoricalCrossentropy",
+        "CategoricalHinge",
+        "FalseNegatives",
+        "FalsePositives",
+        "Hinge",
+        "KLDivergence",
+        "LogCoshError",
+        "MeanAbsoluteError",
+        "MeanAbsolutePercentageError",
+        "MeanSquaredError",
+        "MeanSquaredLogarithmicError",
+        "Poisson",
+        "RootMeanSquaredError",
+        "SparseCategoricalCrossentropy",
+        "SquaredHinge",
+    )
+)
+_HIGHER_NAMES = (
+    "acc|accuracy|auc|auroc|precision|recall|sensitivity|specificity|f1|f1_?score|fbeta_score|"
+    "f_?score|io_?u|miou|dice|dice_score|jaccard|r2|r2_score|correlation|cosine_similarity|"
+    "true_(positives|negatives)|precision_at_recall|recall_at_precision|"
+    "sensitivity_at_specificity|specificity_at_sensitivity|psnr|ssim|bleu"
+)
+_LOWER_NAMES = (
+    "loss|error|mse|mae|mape|msle|rmse|mean_(squared|absolute|absolute_percentage|"
+    "squared_logarithmic)_error|cross_?entropy|kl_divergence|kld|divergence|poisson|hinge|"
+    "log_?cosh|perplexity|nll|false_(positives|negatives)|wer|cer"
+)
