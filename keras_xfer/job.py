@@ -1,0 +1,324 @@
+"""The job of `keras-xfer train`, which `demo` does too: a folder of images in, a run's folder out."""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_xfer import files, training
+from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
+from keras_xfer.images import ImageFolder, scan
+from keras_xfer.recipe import Recipe
+from keras_xfer.reports import predict_probabilities, write_report
+from keras_xfer.runs import CHECKPOINT, RunFolder
+from keras_xfer.screen import EpochLines, Screen, counted, seconds
+from keras_xfer.training import Classifier, Fitted, Row
+
+PREDICTION_COLUMNS = ("file", "label", "prediction", "probability", "correct")
+
+
+def train(
+    images: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    recipe: Recipe,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Train a classifier on a folder of images and write the run's folder.
+
+    Args:
+        images: Path of the folder of images.
+        output: Path of the run's folder, see `RunFolder`.
+        recipe: A `Recipe`.
+        screen: A `Screen` for what was found, each epoch, and the result.
+
+    Returns:
+        A dict, what `metrics.json` holds.
+
+    Raises:
+        UsageError: The recipe or the folders do not do.
+        keras_xfer.images.ImageFolderError: The images do not do.
+        keras_xfer.applications.WeightsUnavailableError: The weights cannot be downloaded.
+        KeyboardInterrupt: With a message that says what is kept.
+    """
+    run = RunFolder(output, images=images)
+    folder = look_at(images, recipe, screen)
+    with training.reproducible(recipe):
+        classifier = training.build(recipe, len(folder.class_names))
+        show_model(classifier, recipe, screen)
+        with run.writing({"command": "train", "images": str(images), **recipe.to_dict()}):
+            fitted = fit(classifier, folder, recipe, run, screen)
+            metrics = finish(classifier, fitted, folder, recipe, run, screen)
+    show_result(metrics, run, screen)
+    return metrics
+
+
+def look_at(images: str | os.PathLike[str], recipe: Recipe, screen: Screen) -> ImageFolder:
+    """Scan a folder of images and say what is in it.
+
+    Args:
+        images: Path of the folder of images.
+        recipe: A `Recipe`.
+        screen: A `Screen`.
+
+    Returns:
+        An `ImageFolder`.
+    """
+    folder = scan(
+        images,
+        validation_split=recipe.validation_split,
+        test_split=recipe.test_split,
+        seed=recipe.seed,
+        progress=screen.progress("looking at the images"),
+    )
+    counts = folder.counts()
+    by_class = np.sum(list(counts.values()), axis=0)
+    splits = ", ".join(f"{sum(count):,} {split}" for split, count in counts.items() if sum(count))
+    screen.line(
+        f"Images   {counted(int(by_class.sum()), 'image')} in {len(by_class)} classes: {splits}"
+    )
+    shown = [f"{name} {count:,}" for name, count in zip(folder.class_names, by_class, strict=True)]
+    more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+    screen.line(f"Classes  {', '.join(shown[:10])}{more}")
+    if folder.skipped:
+        first = folder.skipped[0]
+        screen.line(
+            f"Skipped  {counted(len(folder.skipped), 'unreadable file')}, listed in skipped.csv; "
+            f"the first: {first.file} ({first.reason})"
+        )
+    return folder
+
+
+def show_model(classifier: Classifier, recipe: Recipe, screen: Screen) -> None:
+    """Say what is to be trained.
+
+    Args:
+        classifier: A `Classifier`.
+        recipe: A `Recipe`.
+        screen: A `Screen`.
+    """
+    weights = "random weights" if recipe.weights is None else f"weights {recipe.weights}"
+    screen.line(
+        f"Model    {recipe.backbone} at {classifier.image_size} pixels, {weights}, "
+        f"{classifier.served.count_params():,} parameters"
+    )
+    for stage in training.schedule(recipe, classifier.backbone):
+        what = "the head" if stage.unfreeze is None else f"the backbone from {stage.unfreeze} on"
+        what = "everything" if stage.unfreeze == "all" else what
+        screen.line(
+            f"         {counted(stage.epochs or 0, 'epoch')} of {stage.name}: {what} at learning "
+            f"rate {stage.learning_rate:g}"
+        )
+
+
+def fit(
+    classifier: Classifier, folder: ImageFolder, recipe: Recipe, run: RunFolder, screen: Screen
+) -> Fitted:
+    """Train, keeping `history.csv` up to date, and the best model where it is interrupted.
+
+    Args:
+        classifier: A `Classifier`.
+        folder: An `ImageFolder`.
+        recipe: A `Recipe`.
+        run: A `RunFolder` that is being written.
+        screen: A `Screen`.
+
+    Returns:
+        A `Fitted`.
+
+    Raises:
+        KeyboardInterrupt: With a message that says what is kept.
+    """
+    run.write_csv("skipped.csv", ("file", "reason"), folder.skipped)
+    checkpoint = BestCheckpoint(
+        run / CHECKPOINT, save_weights_only=True, restore_best_weights=True, resume=False
+    )
+    names = [str(stage.name) for stage in training.schedule(recipe, classifier.backbone)]
+
+    def on_epoch(rows: list[Row]) -> None:
+        columns = list(dict.fromkeys(["epoch", "stage", *rows[-1]]))
+        run.write_csv("history.csv", columns, [[row[name] for name in columns] for row in rows])
+
+    try:
+        return training.fit(
+            classifier,
+            folder,
+            recipe,
+            checkpoint,
+            on_epoch=on_epoch,
+            callbacks=[EpochLines(screen, names)],
+        )
+    except KeyboardInterrupt:
+        if checkpoint.best is None:
+            raise KeyboardInterrupt("Interrupted before the first epoch was over") from None
+        checkpoint.on_train_end()  # restores the best weights
+        save(classifier, folder, run)
+        raise KeyboardInterrupt(
+            f"Interrupted. {str(run.path)!r} keeps the model of epoch "
+            f"{(checkpoint.best_epoch or 0) + 1}, the best so far: model.keras, labels.json, "
+            "history.csv, skipped.csv"
+        ) from None
+
+
+def save(classifier: Classifier, folder: ImageFolder, run: RunFolder) -> None:
+    """Write `labels.json` and `model.keras`.
+
+    Args:
+        classifier: A `Classifier`.
+        folder: The `ImageFolder` that it was trained on.
+        run: A `RunFolder` that is being written.
+    """
+    run.write_json("labels.json", list(folder.class_names))
+    with files.replacing(run / "model.keras") as temporary:
+        classifier.served.save(temporary)
+
+
+def finish(
+    classifier: Classifier,
+    fitted: Fitted,
+    folder: ImageFolder,
+    recipe: Recipe,
+    run: RunFolder,
+    screen: Screen,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Write what a run leaves when its training is over.
+
+    Args:
+        classifier: A `Classifier`, trained.
+        fitted: What `fit` returned.
+        folder: The `ImageFolder` that it was trained on.
+        recipe: A `Recipe`.
+        run: A `RunFolder` that is being written.
+        screen: A `Screen`.
+        **extra: Further entries of `metrics.json`.
+
+    Returns:
+        A dict, what `metrics.json` holds.
+    """
+    if fitted.stopped_by_nan:
+        screen.line(
+            f"The loss became NaN in epoch {len(fitted.rows)}, which ended the training; the "
+            f"weights of epoch {fitted.best_epoch + 1} are kept. A lower --learning-rate may do"
+        )
+    save(classifier, folder, run)
+    split = "test" if folder.test else "validation"
+    screen.passing(f"predicting the {split} images")
+    data = training.dataset(classifier, folder, split, recipe.batch_size)
+    names, labels, probabilities = predict_probabilities(classifier.served, data)
+    if labels is None or not np.isfinite(probabilities).all():
+        raise FloatingPointError(
+            f"The trained model answers NaN for images of the {split} split. "
+            "Lower --learning-rate, or leave out --mixed-precision."
+        )
+    answers = probabilities.argmax(axis=1)
+    correct = answers == labels
+    run.write_csv(
+        "predictions.csv",
+        PREDICTION_COLUMNS,
+        [
+            (name, folder.class_names[label], folder.class_names[answer], f"{highest:.7g}", right)
+            for name, label, answer, highest, right in zip(
+                names, labels, answers, probabilities.max(axis=1), correct, strict=True
+            )
+        ],
+    )
+    own = probabilities[np.arange(len(labels)), labels]
+    metrics = {
+        "accuracy": float(correct.mean()),
+        "loss": float(-np.log(np.maximum(own, 1e-30)).mean()),
+        "split": split,
+        **summary(fitted, folder, recipe, classifier),
+        **extra,
+    }
+    run.write_json("metrics.json", metrics)
+    try:
+        with _quiet_matplotlib():
+            write_report(run.path, images=folder.folder, title=run.path.resolve().name)
+    except ImportError as error:
+        screen.line(f"No report.html: {training.one_line(error)}")
+    return metrics
+
+
+def summary(
+    fitted: Fitted, folder: ImageFolder, recipe: Recipe, classifier: Classifier
+) -> dict[str, Any]:
+    """Sum up a training for `metrics.json`.
+
+    Args:
+        fitted: What `fit` returned.
+        folder: The `ImageFolder` that it was trained on.
+        recipe: A `Recipe`.
+        classifier: A `Classifier`.
+
+    Returns:
+        A dict.
+    """
+    planned = training.schedule(recipe, classifier.backbone)
+    by_stage = {}
+    for index, stage in enumerate(planned):
+        rows = [row for row in fitted.rows if row["stage"] == index]
+        if rows:
+            by_stage[str(stage.name)] = {
+                "epochs": len(rows),
+                "val_accuracy": fitted.best_accuracy(index),
+                "trainable_params": int(rows[0]["trainable_params"]),
+                "learning_rate": rows[0]["learning_rate"],
+                "epoch_seconds": _median(rows, "epoch_seconds"),
+                "samples_per_second": _median(rows, "samples_per_second"),
+            }
+    return {
+        "val_accuracy": fitted.best_accuracy(),
+        "best_epoch": fitted.best_epoch,
+        "epochs": len(fitted.rows),
+        "training_seconds": sum(row["epoch_seconds"] for row in fitted.rows),
+        "classes": len(folder.class_names),
+        **{f"{split}_images": sum(count) for split, count in folder.counts().items()},
+        "skipped_images": len(folder.skipped),
+        "backbone": recipe.backbone,
+        "image_size": classifier.image_size,
+        "stages": by_stage,
+    }
+
+
+def show_result(metrics: dict[str, Any], run: RunFolder, screen: Screen) -> None:
+    """Say how good the model is and where it lies.
+
+    Args:
+        metrics: What `finish` returned.
+        run: The `RunFolder`.
+        screen: A `Screen`.
+    """
+    head = metrics["stages"].get("head")
+    if head is not None and len(metrics["stages"]) > 1:
+        tuned = metrics["stages"]["fine-tuning"]
+        screen.line(
+            f"Before fine-tuning {head['val_accuracy']:.1%} of the validation images were right, "
+            f"with it {tuned['val_accuracy']:.1%}"
+        )
+    screen.line(
+        f"Accuracy {metrics['accuracy']:.1%} on the {metrics[metrics['split'] + '_images']:,} "
+        f"{metrics['split']} images, with the weights of epoch {metrics['best_epoch'] + 1}; "
+        f"trained in {seconds(metrics['training_seconds'])}"
+    )
+    screen.line(f"Wrote    {run.path}{os.sep}: {', '.join(run.written())}")
+
+
+def _median(rows: list[Row], name: str) -> float:
+    known = [row[name] for row in rows if not math.isnan(row[name])]
+    return float(np.median(known)) if known else math.nan
+
+
+@contextlib.contextmanager
+def _quiet_matplotlib() -> Iterator[None]:
+    """Let matplotlib find its fonts and caches without a word on stderr."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

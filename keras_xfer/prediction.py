@@ -1,0 +1,141 @@
+"""What a run's model says of image files, each of its own size."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
+from keras_xfer.layers import BackbonePreprocessing
+from keras_xfer.recipe import UsageError
+from keras_xfer.runs import read_labels
+from keras_xfer.screen import Screen
+
+_BATCH_SIZE = 32
+
+
+class Prediction(NamedTuple):
+    """What the model says of one file.
+
+    Attributes:
+        file: Str, the path as it was given, or found in a folder that was given.
+        ranking: List of (class name, probability), the most probable first.
+    """
+
+    file: str
+    ranking: list[tuple[str, float]]
+
+
+def predict(
+    run: str | os.PathLike[str],
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    top: int = 3,
+    screen: Screen | None = None,
+) -> tuple[list[Prediction], list[Skipped]]:
+    """Let the model of a run classify image files.
+
+    Args:
+        run: Path of the folder that `train` or `demo` wrote.
+        paths: Image files, and folders of them.
+        top: Int, the most classes to name for each image. Defaults to 3.
+        screen: `None`, or a `Screen` that shows the progress.
+
+    Returns:
+        A list of `Prediction` and a list of `Skipped`, the files that are no readable images.
+
+    Raises:
+        UsageError: `run` is not the folder of a run, or its model is damaged.
+        keras_xfer.images.ImageFolderError: A path is missing, or a folder holds no images.
+    """
+    class_names = read_labels(run)
+    files = list_images(paths)
+    model = load_model(run, class_names)
+    progress = None if screen is None else screen.progress("predicting")
+    predictions: list[Prediction] = []
+    skipped: list[Skipped] = []
+    done = 0
+    for batch in _batches(files, model):
+        for file, image in batch:
+            if isinstance(image, ImageReadError):
+                skipped.append(Skipped(str(file), image.reason))
+        readable = [(file, image) for file, image in batch if isinstance(image, np.ndarray)]
+        if readable:
+            images = np.stack([image for _, image in readable])
+            answers = np.asarray(
+                keras.ops.convert_to_numpy(model.predict_on_batch(images)), "float64"
+            )
+            for (file, _), row in zip(readable, answers, strict=True):
+                order = np.argsort(-row, kind="stable")[:top]
+                ranking = [(class_names[i], float(row[i])) for i in order]
+                predictions.append(Prediction(str(file), ranking))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(files))
+    return predictions, skipped
+
+
+def load_model(run: str | os.PathLike[str], class_names: Sequence[str]) -> keras.Model:
+    """Load the model of a run.
+
+    Args:
+        run: Path of the run's folder.
+        class_names: The names of its classes.
+
+    Returns:
+        A `keras.Model`.
+
+    Raises:
+        UsageError: It does not load, or answers another number of classes.
+    """
+    path = Path(run) / "model.keras"
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:  # a damaged file can raise anything: zip, JSON, HDF5, Keras
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{str(path)!r} cannot be loaded: {reason}. Restore it, or train again"
+        ) from error
+    if model.output_shape[-1] != len(class_names):
+        raise UsageError(
+            f"{str(path)!r} answers {model.output_shape[-1]} classes, and labels.json beside it "
+            f"names {len(class_names)}. Put back the one that belongs to the other"
+        )
+    return model
+
+
+def _batches(
+    files: list[Path], model: keras.Model
+) -> Iterator[list[tuple[Path, np.ndarray | ImageReadError]]]:
+    """Read the files on all cores, in batches where the model brings images to one size.
+
+    They are read as they were for training, so that the answers are those of predictions.csv.
+    """
+    size, resize = _geometry(model)
+
+    def read(file: Path) -> tuple[Path, Any]:
+        try:
+            return file, load_image(file, size, resize=resize)
+        except ImageReadError as error:
+            return file, error
+
+    waiting = iter(files)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        while chunk := list(itertools.islice(waiting, _BATCH_SIZE)):
+            read_chunk = list(pool.map(read, chunk))
+            if size is None:
+                yield from ([each] for each in read_chunk)
+            else:
+                yield read_chunk
+
+
+def _geometry(model: keras.Model) -> tuple[tuple[int, int] | None, str]:
+    for layer in model.layers:
+        if isinstance(layer, BackbonePreprocessing) and layer.image_size is not None:
+            return layer.image_size, layer.resize
+    return None, "crop"

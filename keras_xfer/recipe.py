@@ -1,0 +1,128 @@
+"""`Recipe`: what `keras-xfer train` trains and how, checked before any framework is loaded."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+AUGMENTS = ("none", "light", "strong")
+TOP_THIRD = "the top third of the blocks"
+
+
+class UsageError(ValueError):
+    """What the user of a command can mend: one line that says what, where and how."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a training run depends on, beside the images.
+
+    With pretrained weights the head trains first, then the layers from `unfreeze` on at
+    `fine_tune_rate`, BatchNormalization frozen throughout. With `weights=None` there is nothing to
+    keep: everything trains from the first epoch, BatchNormalization too.
+
+    Args:
+        backbone: Str, a model function of keras.applications.
+        backbone_args: Mapping of further arguments of that function, such as `alpha`.
+        weights: `"imagenet"`, `None` (random), or the path of a weights file.
+        image_size: Int, height and width in pixels. `None`: what the backbone was trained on.
+        batch_size: Int, images a batch.
+        epochs: Int, epochs in all.
+        head_epochs: Int, how many of them train the head alone. `None`: a third.
+        learning_rate: Float, the head's.
+        fine_tune_rate: Float, the rate of everything once the backbone thaws. `None`: a tenth of
+            `learning_rate`.
+        unfreeze: `TOP_THIRD`, `None` (never thaw), or any `start` of `Backbone.unfreeze`.
+        dropout: Float in [0, 1), in front of the classifier.
+        augment: `"none"`, `"light"` (flip, shift, zoom) or `"strong"` (rotate and shear too).
+        flip: Bool, whether augmentation may mirror images.
+        mixed_precision: Bool, compute in 16 bits.
+        class_weights: Bool, whether every class counts alike.
+        validation_split: Float in (0, 1), where there is no validation folder.
+        test_split: Float in [0, 1), where there is no test folder.
+        seed: Int >= 0, of the split, the weights, the order and the augmentation.
+
+    Raises:
+        UsageError: A value is out of range, in terms of the command's options.
+
+    Example:
+    >>> Recipe(epochs=9).stage_epochs
+    (3, 6)
+    >>> Recipe(epochs=0)
+    Traceback (most recent call last):
+        ...
+    keras_xfer.recipe.UsageError: --epochs: expected a whole number of at least 1. Received: 0
+    """
+
+    backbone: str = "MobileNetV2"
+    backbone_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str | None = "imagenet"
+    image_size: int | None = None
+    batch_size: int = 32
+    epochs: int = 15
+    head_epochs: int | None = None
+    learning_rate: float = 1e-3
+    fine_tune_rate: float | None = None
+    unfreeze: str | int | float | None = TOP_THIRD
+    dropout: float = 0.2
+    augment: str = "light"
+    flip: bool = True
+    mixed_precision: bool = False
+    class_weights: bool = False
+    validation_split: float = 0.2
+    test_split: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("seed", 0)):
+            self._check_whole(name, least)
+        self._check_whole("head_epochs", 0)
+        for name in ("learning_rate", "fine_tune_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not (rate > 0 and math.isfinite(rate)):
+                raise self._error(name, "a positive number")
+        if not 0 < self.validation_split < 1:
+            raise self._error("validation_split", "a fraction between 0 and 1")
+        for name in ("test_split", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise self._error(name, "a fraction of at least 0 and less than 1")
+        if self.validation_split + self.test_split >= 1:
+            raise UsageError(
+                "--validation-split and --test-split: expected to leave images to train on. "
+                f"Received: {self.validation_split:g} and {self.test_split:g}"
+            )
+        if self.augment not in AUGMENTS:
+            raise self._error("augment", f"one of {', '.join(AUGMENTS)}")
+        if self.head_epochs is not None and self.head_epochs > self.epochs:
+            raise self._error("head_epochs", f"at most the {self.epochs} of --epochs")
+        if self.weights is None and (
+            self.unfreeze != TOP_THIRD or self.fine_tune_rate is not None or self.head_epochs
+        ):
+            raise UsageError(
+                "--unfreeze, --fine-tune-rate and --head-epochs need pretrained weights: with "
+                "--weights none everything trains from the first epoch. Leave them out, or give "
+                "--weights PATH"
+            )
+
+    @property
+    def stage_epochs(self) -> tuple[int, int]:
+        """How many epochs train the head alone, and how many more."""
+        if self.weights is None:
+            return 0, self.epochs
+        if self.unfreeze is None:
+            return self.epochs, 0
+        head = -(-self.epochs // 3) if self.head_epochs is None else self.head_epochs
+        return head, self.epochs - head
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe in types that JSON has."""
+        return {**dataclasses.asdict(self), "backbone_args": dict(self.backbone_args)}
+
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise self._error(name, f"a whole number of at least {least}")
+
+    def _error(self, name: str, expected: str) -> UsageError:
+        option = name.replace("_", "-")
+        return UsageError(f"--{option}: expected {expected}. Received: {getattr(self, name)}")

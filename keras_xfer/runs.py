@@ -1,0 +1,198 @@
+"""The folder of a run: which files in it are ours, written whole or not at all, and read again."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from keras_xfer import __version__, files
+from keras_xfer.recipe import UsageError
+
+OUTPUTS = (
+    "model.keras",
+    "labels.json",
+    "history.csv",
+    "predictions.csv",
+    "metrics.json",
+    "skipped.csv",
+    "report.html",
+)
+RECORD = "run.json"  # says that a folder is a run's, and what was asked for
+CHECKPOINT = "best.weights.h5"  # there while a run trains
+
+
+class RunFolder:
+    """The folder that `keras-xfer train` and `demo` write.
+
+    A new folder, an empty one, one of an earlier run (whose files are replaced), or one with other
+    files (which stay) will do. A folder that holds a file of one of our names without being a
+    run's is refused. Every file is written beside its place and moved there when it is complete.
+
+    Args:
+        path: Path of the folder. Nothing is made before `writing`.
+        images: `None`, or the folder of images, which must not hold this one.
+
+    Raises:
+        UsageError: The folder cannot be used.
+
+    Example:
+    >>> import tempfile
+    >>> run = RunFolder(Path(tempfile.mkdtemp()) / "run")
+    >>> with run.writing({"seed": 0}):
+    ...     run.write_json("metrics.json", {"accuracy": 0.5})
+    >>> sorted(path.name for path in run.path.iterdir())
+    ['metrics.json', 'run.json']
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.path = Path(path)
+        if images is not None and self.path.resolve().is_relative_to(Path(images).resolve()):
+            raise UsageError(
+                f"--output: {str(self.path)!r} lies in the folder of images, where it would be "
+                "taken for a class. Choose a folder outside"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--output: {str(self.path)!r} is a file. Give a folder")
+        if not (self / RECORD).is_file():
+            foreign = [name for name in OUTPUTS if (self / name).exists()]
+            if foreign:
+                raise UsageError(
+                    f"--output: {str(self.path)!r} holds {', '.join(foreign)}, and is not the "
+                    "folder of an earlier run. Choose another folder, or move them elsewhere"
+                )
+        self._check_writable()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def writing(self, record: dict[str, Any]) -> Iterator[None]:
+        """Begin a run here: what an earlier one left goes. What fails before an epoch leaves nothing.
+
+        Args:
+            record: What was asked for, for `run.json`.
+        """
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in (*OUTPUTS, RECORD, CHECKPOINT, f"{CHECKPOINT}.json"):
+            files.remove_leftovers(self / name)
+        # The record comes before what it vouches for, and goes after it.
+        self.write_json(RECORD, {"keras_xfer": __version__, **record})
+        self.remove(*OUTPUTS, CHECKPOINT, f"{CHECKPOINT}.json")
+        try:
+            yield
+        except BaseException:
+            if not (self / "history.csv").exists():
+                self.remove(*OUTPUTS, RECORD)
+                for path in made:
+                    with contextlib.suppress(OSError):  # not empty: somebody else's
+                        path.rmdir()
+            raise
+        finally:
+            self.remove(CHECKPOINT, f"{CHECKPOINT}.json")
+
+    def remove(self, *names: str) -> None:
+        """Remove files of ours.
+
+        Args:
+            *names: Their names.
+        """
+        for name in names:
+            (self / name).unlink(missing_ok=True)
+
+    def written(self) -> list[str]:
+        """Return the names of the outputs that are there."""
+        return [name for name in OUTPUTS if (self / name).is_file()]
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file.
+
+        Args:
+            name: Its name.
+            value: See `keras_xfer.files.to_json`.
+        """
+        files.write_json(self / name, value)
+
+    def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Write one CSV file.
+
+        Args:
+            name: Its name.
+            columns: Its header.
+            rows: A sequence of values each.
+        """
+        write_csv(self / name, columns, rows)
+
+    def _check_writable(self) -> None:
+        parent = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"--output: cannot write in {str(parent)!r}. Make it writable, or choose another "
+                "folder"
+            )
+
+
+def write_csv(
+    path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    r"""Write a CSV file in UTF-8, atomically.
+
+    Args:
+        path: The file.
+        columns: Its header.
+        rows: A sequence of values each.
+
+    Example:
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "table.csv"
+    >>> write_csv(path, ["a", "b"], [[1, "x, y"]])
+    >>> path.read_text()
+    'a,b\n1,"x, y"\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    files.write_text(path, text.getvalue())
+
+
+def read_labels(path: str | os.PathLike[str]) -> list[str]:
+    """Read the class names of a run, in the order of the model's outputs.
+
+    Args:
+        path: Path of the run's folder.
+
+    Returns:
+        List of str.
+
+    Raises:
+        UsageError: The folder is not that of a run, or its labels are damaged.
+
+    Example:
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "model.keras").touch(), (folder / "labels.json").write_text('["cat", "dog"]')
+    >>> read_labels(folder)
+    ['cat', 'dog']
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"No such folder: {str(folder)!r}. Give the --output of keras-xfer train")
+    for name in ("model.keras", "labels.json"):
+        if not (folder / name).is_file():
+            raise UsageError(f"No {name} in {str(folder)!r}. Give the --output of keras-xfer train")
+    try:
+        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        labels = error
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UsageError(
+            f"{str(folder / 'labels.json')!r} is no list of class names. Train again, or restore it"
+        )
+    return labels
