@@ -4,38 +4,40 @@ The core (layers, callbacks, stages, retarget) is imported with the package, so 
 find their layers; what needs further libraries is imported when it is first used.
 """
 
-import sys
-from pathlib import Path
+import importlib
+from typing import Any
 
+from keras_xfer import callbacks, layers, retarget, stages
 from keras_xfer._version import __version__
+from keras_xfer.callbacks import BestCheckpoint, EpochTiming, StagedUnfreezing
+from keras_xfer.layers import Backbone, BackbonePreprocessing
+from keras_xfer.stages import Stage
 
-
-def _is_command() -> bool:
-    """Tell whether this process is the command `keras-xfer`, by either of its names.
-
-    It answers `--help` and wrong arguments before a framework is loaded, which takes seconds, and
-    then imports by itself the modules that it works with.
-    """
-    program = sys.argv[0] if sys.argv else ""
-    return Path(program).stem == "keras-xfer" or (
-        program == "-m" and "keras_xfer.cli" in sys.orig_argv
-    )
-
-
-if not _is_command():
-    from keras_xfer import callbacks, layers, retarget, stages
-    from keras_xfer.callbacks import StagedUnfreezing
-    from keras_xfer.layers import Backbone, BackbonePreprocessing
-    from keras_xfer.stages import Stage
+_LAZY = ("applications", "images", "reports")
 
 __all__ = [
     "Backbone",
     "BackbonePreprocessing",
+    "BestCheckpoint",
+    "EpochTiming",
     "Stage",
     "StagedUnfreezing",
     "__version__",
+    "applications",
     "callbacks",
+    "images",
     "layers",
+    "reports",
     "retarget",
     "stages",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"keras_xfer.{name}")
+    raise AttributeError(f"module 'keras_xfer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
