@@ -5,13 +5,30 @@ find their layers; what needs further libraries is imported when it is first use
 """
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
-from keras_xfer import callbacks, layers, retarget, stages
 from keras_xfer._version import __version__
-from keras_xfer.callbacks import BestCheckpoint, EpochTiming, StagedUnfreezing
-from keras_xfer.layers import Backbone, BackbonePreprocessing
-from keras_xfer.stages import Stage
+
+
+def _is_command() -> bool:
+    """Tell whether this process is the command `keras-xfer`, by either of its names.
+
+    It answers `--help` and wrong arguments before a framework is loaded, which takes seconds, and
+    then imports by itself the modules that it works with.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).stem == "keras-xfer" or (
+        program == "-m" and "keras_xfer.cli" in sys.orig_argv
+    )
+
+
+if not _is_command():
+    from keras_xfer import callbacks, layers, retarget, stages
+    from keras_xfer.callbacks import BestCheckpoint, EpochTiming, StagedUnfreezing
+    from keras_xfer.layers import Backbone, BackbonePreprocessing
+    from keras_xfer.stages import Stage
 
 _LAZY = ("applications", "images", "reports")
 
