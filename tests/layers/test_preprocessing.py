@@ -473,18 +473,17 @@ def test_float64():
     np.testing.assert_allclose(numpy_of(outputs), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ResNet50", "MobileNetV2"])
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_in_tf_data_of_any_backend(resize, policy):
+def test_in_tf_data_of_any_backend(name, resize, policy):
     tf = pytest.importorskip("tensorflow")
     images = pixels(5, 8, 8, 3)
-    layer = BackbonePreprocessing.for_application(
-        "ResNet50", image_size=8, resize=resize, dtype=policy
-    )
+    layer = BackbonePreprocessing.for_application(name, image_size=8, resize=resize, dtype=policy)
     dynamic = tf.data.Dataset.from_generator(
         lambda: iter(images), output_signature=tf.TensorSpec((None, None, 3), tf.uint8)
     )
-    expected = oracle("ResNet50", images)
+    expected = oracle(name, images)
     tolerance = 1e-3 if policy == "float32" else 0.0626  # half a step of float16 near 255
     for mapped in (dynamic.map(layer).batch(5), dynamic.batch(5).map(layer)):
         assert mapped.element_spec.shape.as_list() == [None, 8, 8, 3]
