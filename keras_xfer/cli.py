@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -463,8 +464,9 @@ def _never_fail_on_letters() -> None:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Hold back what TensorFlow's C++ writes to stderr while it is loaded, and nothing else."""
+    """Hold back TensorFlow's talk about itself while it is loaded, and no other messages."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of each new stage's tracing
     try:
         stderr = os.dup(2)
     except OSError:  # started without one
