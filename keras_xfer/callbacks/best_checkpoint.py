@@ -190,7 +190,7 @@ class BestCheckpoint(keras.callbacks.Callback):
         return cls(**config)
 
     def _prepare_files(self) -> None:
-        """Fail now where a save would fail, and ends what a killed process had begun."""
+        """Fail now where a save would fail, and end what a killed process had begun."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -305,7 +305,8 @@ class BestCheckpoint(keras.callbacks.Callback):
     def _restore(self) -> None:
         # The optimizer is set aside: Keras would load its variables by position, and those of
         # another stage fit by number without being the same.
-        optimizer, self.model.optimizer = self.model.optimizer, None
+        optimizer = getattr(self.model, "optimizer", None)
+        self.model.optimizer = None
         try:
             self.model.load_weights(self._path)
         finally:
@@ -341,8 +342,9 @@ class BestCheckpoint(keras.callbacks.Callback):
 
 
 def direction_of(monitor: str, model: Any) -> str | None:
-    """Tell `"max"` or `"min"` by the compiled metric of that name, else by the name; None if neither
-    tells.
+    """Tell whether more is better: `"max"` or `"min"`; None where nothing tells.
+
+    The compiled metric of that name decides by its class, else the name itself.
     """
     name = monitor.removeprefix("val_")
     for metric in _compiled_metrics(model):

@@ -97,7 +97,9 @@ class EpochTiming(keras.callbacks.Callback):
             return
         self._epoch.begun = batch
         if batch >= self.warmup_steps and self._epoch.warm is None:
+            began = perf_counter()
             self._epoch.warm = _counted(self.model)
+            self._epoch.reading_seconds = perf_counter() - began
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._epoch is not None:
@@ -184,14 +186,17 @@ class EpochTiming(keras.callbacks.Callback):
     def _timings(self, epoch: "_Epoch", now: float, loss: Any) -> dict[str, float]:
         begins, counts, seconds = _executions(epoch, (self.params or {}).get("steps"))
         measured = begins >= self.warmup_steps
+        if epoch.reading_seconds and measured.any():
+            first = int(np.argmax(measured))
+            seconds[first] = max(seconds[first] - epoch.reading_seconds, 0.0)
         counts, measured_seconds = counts[measured], seconds[measured]
         step_seconds = np.repeat(measured_seconds / np.maximum(counts, 1), counts)
         samples = _samples(epoch.warm, epoch.total, loss)
-        trained = epoch.start + float(seconds.sum())
+        trained = max([epoch.start, *(time for _, time in epoch.ends)])
         tested = trained if epoch.test_end is None else epoch.test_end
         return {
             "epoch_seconds": now - epoch.start,
-            "train_seconds": trained - epoch.start,
+            "train_seconds": float(seconds.sum()),
             "validation_seconds": max(tested - trained, 0.0),
             "first_step_seconds": float(seconds[0]) if len(seconds) else math.nan,
             "step_seconds_median": float(np.median(step_seconds))
@@ -218,6 +223,7 @@ class _Epoch:
     ends: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (last step, when)
     begun: int = -1  # the last step that has begun
     warm: _Count | None = None  # after the warm-up steps
+    reading_seconds: float = 0.0  # what it took to read `warm`, which is not training
     total: _Count | None = None  # after all steps
     tested_after: int | None = None  # `begun` when the last test began
     test_end: float | None = None
@@ -263,7 +269,10 @@ def _counted(model: Any) -> _Count | None:
     loss = model.metrics[0]
     if not isinstance(loss, keras.metrics.Mean) or loss.name != "loss":
         return None
-    samples = float(keras.ops.add(loss.count, 0))
+    try:
+        samples = float(loss.count.value)
+    except TypeError:  # a variable of tf.distribute, whose replicas are to be added up
+        samples = float(keras.ops.add(loss.count, 0))
     if samples >= _EXACT_BELOW.get(keras.backend.standardize_dtype(loss.count.dtype), 0):
         return None
     return _Count(samples, float(loss.result()))

@@ -22,11 +22,7 @@ from keras_xfer.callbacks import best_checkpoint
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint, direction_of, structure
 from keras_xfer.stages import set_current_stage
 
-pytestmark = [
-    pytest.mark.core,
-    # Keras 3.15 under NumPy 2, wherever it reads a variable
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-]
+pytestmark = pytest.mark.core
 
 X = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
 Y = (X @ np.array([1.0, -2.0, 0.5], "float32"))[:, None]
@@ -353,6 +349,14 @@ def test_restored_weights_are_those_of_the_best_epoch(tmp_path):
     later = make_model()
     drive(BestCheckpoint(filepath, restore_best_weights=True), later, 0.6, first_epoch=3)
     assert later.get_weights()[0].flat[0] == 1
+
+
+def test_a_model_that_is_not_compiled(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    drive(BestCheckpoint(tmp_path / "best.keras", restore_best_weights=True), model, 0.5, 0.7, 0.6)
+    assert model.get_weights()[0].flat[0] == 1
+    model.compile("sgd", "mse")
+    fit(model)
 
 
 @pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])

@@ -14,11 +14,7 @@ from keras_xfer.callbacks import epoch_timing
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.stages import set_current_stage
 
-pytestmark = [
-    pytest.mark.core,
-    # Keras 3.15 under NumPy 2, wherever it reads a variable
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-]
+pytestmark = pytest.mark.core
 
 KEYS = {
     "epoch_seconds",
@@ -134,6 +130,24 @@ def test_warmup_steps_are_left_out(clock, warmup_steps, median, samples_per_seco
     assert row["samples_per_second"] == pytest.approx(samples_per_second, nan_ok=True)
     assert row["first_step_seconds"] == 5.0
     assert row["train_seconds"] == 10.0
+
+
+def test_reading_the_count_is_not_training(clock, monkeypatch):
+    clock = clock([5.0, 1.0, 2.0, 3.0])
+    counted = epoch_timing._counted
+
+    def slowly_counted(model):
+        clock.now += 9.0
+        return counted(model)
+
+    monkeypatch.setattr(epoch_timing, "_counted", slowly_counted)
+    timing = EpochTiming()
+    x, y = make_data(32)
+    make_model().fit(x, y, batch_size=8, verbose=0, callbacks=[clock, timing])
+    row = timing.rows[0]
+    assert row["train_seconds"] == 11.0
+    assert row["step_seconds_median"] == 2.0
+    assert row["samples_per_second"] == 24 / 6
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs one step at a time")
