@@ -258,7 +258,6 @@ def part_of_vgg16():
     return keras.Model(base.input, base.get_layer("block4_pool").output)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "make",
     [
@@ -281,7 +280,6 @@ def test_identify_answers_none_to_what_it_does_not_know(make):
 # --- build ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     "name",
     [
@@ -306,7 +304,6 @@ def test_the_function_still_fails_with_a_name():
         keras.applications.EfficientNetV2B0(weights=None, include_top=False, name="encoder")
 
 
-@pytest.mark.core
 def test_build_equals_the_function():
     arguments = {"input_shape": (32, 32, 3), "weights": None, "alpha": 0.35, "pooling": "max"}
     ours = build("MobileNetV2", **arguments)
@@ -331,7 +328,6 @@ def test_build_gives_nasnet_its_default_size():
     assert build("NASNetMobile", weights=None).input_shape == (None, 224, 224, 3)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "arguments", "error", "message"),
     [
@@ -357,7 +353,6 @@ def test_build_refuses(name, arguments, error, message):
         build(name, **{"weights": None, **arguments})
 
 
-@pytest.mark.core
 def test_build_loads_weights_from_a_path(tmp_path):
     arguments = {"input_shape": (32, 32, 3), "alpha": 0.25}
     first = build("MobileNet", weights=None, **arguments)
@@ -494,7 +489,6 @@ def test_an_error_after_the_download_is_left_alone(downloads):
     assert downloads["unreadable"]["type"] == "OSError"
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("error", "becomes"),
     [

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
-from keras_xfer import images
 from keras_xfer.images import (
     ImageDataset,
     ImageFolderError,
@@ -24,6 +23,7 @@ from keras_xfer.images import (
     class_weights,
     list_images,
     load_image,
+    pixels,
     readable_images,
     scan,
 )
@@ -354,7 +354,7 @@ def test_a_file_without_read_permission(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(images.Image, "open", refuse)
+    monkeypatch.setattr(pixels.Image, "open", refuse)
     assert readable_images([path], root=tmp_path) == ([], [Skipped("a.png", "Permission denied")])
 
 
@@ -674,7 +674,7 @@ def test_predict_without_labels(samples):
 def test_images_are_decoded_once_where_they_fit(samples, monkeypatch):
     data = ImageDataset(samples, 16, 4, max_cache_bytes=10 * 16 * 16 * 3)
     first = seen(data)
-    monkeypatch.setattr(images, "_decode", None)
+    monkeypatch.setattr(pixels, "_decode", None)
     assert seen(data) == first
     over = ImageDataset(samples, 16, 4, max_cache_bytes=10 * 16 * 16 * 3 - 1)
     with pytest.raises(TypeError):

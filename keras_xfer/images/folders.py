@@ -1,33 +1,23 @@
-"""Folders of images: splits, class names, and what was skipped and why.
-
-`scan` looks once at every file, `ImageDataset` feeds the readable ones to `model.fit`, and
-`load_image` is how each of them is decoded. Pillow alone reads images, so all backends see the
-same pixels.
-"""
+"""Folders of images: splits, class names, and what was skipped and why."""
 
 import os
-import stat
 import unicodedata
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import keras
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+from keras_xfer.images.dataset import ImageDataset, Sample
+from keras_xfer.images.pixels import Progress, Skipped, readable_images, shown
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp"})
 
 # Images that people do put into such folders and that are not read: listed as skipped, where a
 # text file or Thumbs.db is passed over in silence.
 _FOREIGN_SUFFIXES = frozenset({".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg"})
-# Only these decoders run. Pillow would otherwise go by a file's content, and an EPS file named
-# .jpg would start Ghostscript.
-_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "WEBP")
 _LITTER = frozenset({"__MACOSX", "@eaDir"})  # left by macOS archives and Synology shares
 _SPLITS = {
     "train": ("train",),
@@ -35,41 +25,10 @@ _SPLITS = {
     "test": ("test",),
 }
 _SPLIT_NAMES = frozenset(alias for aliases in _SPLITS.values() for alias in aliases)
-_RESIZES = ("crop", "stretch", "pad")
-
-Progress = Callable[[int, int], None]
 
 
 class ImageFolderError(ValueError):
     """A folder that cannot be trained on: one line that says what, where and how to mend it."""
-
-
-class ImageReadError(ValueError):
-    """A file that is no readable image.
-
-    Attributes:
-        path: The file, a `pathlib.Path`.
-        reason: Why it cannot be read, one line.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"Expected a readable image. Received: path={str(path)!r} ({reason})")
-        self.path = path
-        self.reason = reason
-
-
-class Sample(NamedTuple):
-    """One image file and the index of its class."""
-
-    path: Path
-    label: int
-
-
-class Skipped(NamedTuple):
-    """One file that is left out, and why. `file` is relative to the scanned folder."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -201,7 +160,7 @@ def scan(
         split_folders = _split_folders(root)
         for place in {root, *split_folders.values()}:
             for path in _own_images(place):
-                skipped.append(Skipped(_shown(path, root), "outside every class folder"))
+                skipped.append(Skipped(shown(path, root), "outside every class folder"))
         listed = {
             split: _class_files(root, split_folder, skipped)
             for split, split_folder in split_folders.items()
@@ -229,7 +188,7 @@ def scan(
         for label, name in enumerate(class_names):
             paths = [path for path in by_class[name] if path in good]
             if not paths:
-                empty.append(_shown(split_folders[split] / name, root))
+                empty.append(shown(split_folders[split] / name, root))
             found[split] += [Sample(path, label) for path in paths]
     _check_classes(root, class_names, empty, skipped)
 
@@ -302,260 +261,6 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return list(found)
 
 
-def readable_images(
-    paths: Sequence[Path], *, root: Path | None = None, progress: Progress | None = None
-) -> tuple[list[Path], list[Skipped]]:
-    """Sort files into readable images and others, by decoding each, on all cores.
-
-    Args:
-        paths: The files.
-        root: Folder that the skipped files are named relative to. `None` names them as given.
-        progress: `None` or a function of (files looked at, files in all), called for each file.
-
-    Returns:
-        A list of the readable paths and a list of `Skipped`, both in the order given.
-
-    Example:
-    >>> readable_images([Path("missing.jpg")])
-    ([], [Skipped(file='missing.jpg', reason='No such file or directory')])
-    """
-
-    def reason(path: Path) -> str | None:
-        try:
-            # An eighth of the size skips most of a JPEG's work and still reads all of its data.
-            _decode(path, lambda _: 8)
-        except ImageReadError as error:
-            return error.reason
-        return None
-
-    readable: list[Path] = []
-    skipped: list[Skipped] = []
-    with warnings.catch_warnings():
-        # Pillow warns of large images, which are skipped here, and of odd EXIF data.
-        warnings.simplefilter("ignore")
-        for done, (path, why) in enumerate(zip(paths, _in_threads(reason, paths), strict=True), 1):
-            if why is None:
-                readable.append(path)
-            else:
-                skipped.append(Skipped(_shown(path, root), why))
-            if progress is not None:
-                progress(done, len(paths))
-    return readable, skipped
-
-
-def load_image(
-    path: str | os.PathLike[str],
-    image_size: int | tuple[int, int] | None = None,
-    *,
-    resize: str = "crop",
-) -> np.ndarray:
-    """Read an image file as the RGB array that a model is trained on.
-
-    The picture is turned as its EXIF data says. Of an animation the first frame counts.
-    Transparent parts are laid on white. CMYK, palette and grayscale images become RGB; 16 bits a
-    channel are scaled to 8 over their full range. Colour profiles are not applied.
-
-    Resizing equals `keras.layers.Resizing(..., antialias=True)` to within rounding, so a model
-    whose `BackbonePreprocessing` has the same `resize` and `antialias=True` sees the same picture
-    in training as when it is given a whole photograph. (A large JPEG is decoded at half, a
-    quarter or an eighth of its size, never below twice `image_size`: several times faster, and on
-    average less than two of 255 levels away.)
-
-    Args:
-        path: The file: JPEG, PNG, BMP, GIF or WebP.
-        image_size: Int or `(height, width)`, in pixels. `None` keeps the picture's own size.
-        resize: `"crop"` keeps the proportions and the centre, `"stretch"` neither, `"pad"` keeps
-            all of the picture between black borders.
-
-    Returns:
-        A uint8 array `(height, width, 3)` in [0, 255].
-
-    Raises:
-        ImageReadError: The file is no readable image.
-        ValueError: `image_size` or `resize` is not one of those above.
-
-    Example:
-    >>> import tempfile
-    >>> from PIL import Image
-    >>> path = tempfile.mkdtemp() + "/gray.png"
-    >>> Image.new("L", (40, 30), 128).save(path)
-    >>> image = load_image(path, 16)
-    >>> image.shape, image.dtype.name, int(image.max())
-    ((16, 16, 3), 'uint8', 128)
-
-    Reference:
-        https://keras.io/api/layers/preprocessing_layers/image_preprocessing/resizing/
-    """
-    if resize not in _RESIZES:
-        raise ValueError(f"Expected `resize` in {list(_RESIZES)}. Received: resize={resize!r}")
-    if image_size is None:
-        return np.array(_decode(Path(path)))
-    size = _size(image_size)
-    image = _decode(Path(path), lambda full: _reduction(full, 2 * max(size)))
-    return np.array(_resized(image, size, resize))
-
-
-class ImageDataset(keras.utils.PyDataset):
-    """Image files as batches of `(images, labels)` for `fit`, `evaluate` and `predict`.
-
-    A `keras.utils.PyDataset`, so it serves every backend. A batch is decoded on all cores, once:
-    decoded and resized images stay in memory where all of them fit in `max_cache_bytes`, so later
-    epochs cost a copy.
-
-    Args:
-        samples: Sequence of `Sample` (from `scan`), or of paths: then a batch is `(images,)`.
-        image_size: Int or `(height, width)`, in pixels.
-        batch_size: Int, images a batch; the last batch holds the rest. Defaults to 32.
-        shuffle: Bool. `True` draws a new order for every epoch. Defaults to `False`.
-        seed: Int >= 0. The order depends on the seed and `epoch` alone. Defaults to 0.
-        resize: `"crop"`, `"stretch"` or `"pad"`, as in `load_image`.
-        max_cache_bytes: Int, the most bytes of memory that decoded images may hold. 0 decodes
-            anew in every epoch. Defaults to 1 GiB.
-        root: Folder that `files` are named relative to. `None` names them as given.
-        **kwargs: `workers`, `use_multiprocessing`, `max_queue_size` of `keras.utils.PyDataset`.
-
-    Attributes:
-        paths: List of `pathlib.Path`, in the order of `samples`.
-        files: List of str, the same relative to `root`.
-        labels: int32 array in the order of `samples`, or `None` without labels.
-        order: Int array, the order of this epoch: batch `i` holds
-            `order[i * batch_size : (i + 1) * batch_size]`.
-        epoch: Int, the number of `on_epoch_end` so far (`fit` calls it once before the first epoch
-            of a model that is not yet built). A run that resumes sets it.
-
-    Output shape:
-        uint8 images `(batch, height, width, 3)` in [0, 255], int32 labels `(batch,)`.
-
-    Raises:
-        ValueError: No samples, a `batch_size` below 1, a `seed` below 0, or an unknown `resize`.
-        ImageReadError: When a batch is read: a file is no readable image.
-
-    Example:
-    >>> import tempfile
-    >>> from PIL import Image
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> samples = []
-    >>> for i in range(5):
-    ...     Image.new("RGB", (40, 30)).save(folder / f"{i}.png")
-    ...     samples.append(Sample(folder / f"{i}.png", i % 2))
-    >>> data = ImageDataset(samples, image_size=32, batch_size=2, root=folder)
-    >>> len(data), data.files[:2]
-    (3, ['0.png', '1.png'])
-    >>> images, labels = data[0]
-    >>> images.shape, labels.tolist()
-    ((2, 32, 32, 3), [0, 1])
-
-    Reference:
-        https://keras.io/api/utils/python_utils/#pydataset-class
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample] | Sequence[Path],
-        image_size: int | tuple[int, int],
-        batch_size: int = 32,
-        *,
-        shuffle: bool = False,
-        seed: int = 0,
-        resize: str = "crop",
-        max_cache_bytes: int = 2**30,
-        root: Path | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        if not samples:
-            raise ValueError("Expected at least one image. Received: samples=[]")
-        if batch_size < 1 or seed < 0:
-            raise ValueError(
-                "Expected `batch_size` of at least 1 and `seed` of at least 0. "
-                f"Received: batch_size={batch_size}, seed={seed}"
-            )
-        if resize not in _RESIZES:
-            raise ValueError(f"Expected `resize` in {list(_RESIZES)}. Received: resize={resize!r}")
-        self.paths: list[Path] = []
-        labels: list[int] = []
-        for sample in samples:
-            if isinstance(sample, Sample):
-                self.paths.append(sample.path)
-                labels.append(sample.label)
-            else:
-                self.paths.append(Path(sample))
-        self.files = [_shown(path, root) for path in self.paths]
-        self.labels = np.array(labels, "int32") if labels else None
-        self.image_size = _size(image_size)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.resize = resize
-        self.epoch = 0
-
-        shape = (len(self.paths), *self.image_size, 3)
-        # Pages of an empty array take no memory before they are written.
-        self._cache = np.empty(shape, "uint8") if np.prod(shape) <= max_cache_bytes else None
-        self._cached = np.zeros(len(self.paths), bool)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose order is in force, counted from 0."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        if self.shuffle:
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
-        else:
-            self.order = np.arange(len(self.paths))
-
-    def on_epoch_end(self) -> None:
-        """Draw the next epoch's order."""
-        self.epoch += 1
-
-    def __len__(self) -> int:
-        return -(-len(self.paths) // self.batch_size)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Expected a batch in [0, {len(self)}). Received: index={index}")
-        rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        images = self._images(rows)
-        return (images,) if self.labels is None else (images, self.labels[rows])
-
-    def _images(self, rows: np.ndarray) -> np.ndarray:
-        if self._cache is None:
-            return np.stack(list(_in_threads(self._load, rows)))
-        missing = rows[~self._cached[rows]]
-        if len(missing):
-            for row, image in zip(missing, _in_threads(self._load, missing), strict=True):
-                self._cache[row] = image
-                self._cached[row] = True
-        return self._cache[rows]
-
-    def _load(self, row: int) -> np.ndarray:
-        return load_image(self.paths[row], self.image_size, resize=self.resize)
-
-
-def class_weights(labels: Sequence[int] | np.ndarray) -> dict[int, float]:
-    """Weights that let every class count alike, for `model.fit(class_weight=...)`.
-
-    Args:
-        labels: Class indices of the training images.
-
-    Returns:
-        A dict of class index to weight: images / (classes * images of the class).
-
-    Example:
-    >>> class_weights([0, 0, 0, 1])
-    {0: 0.6666666666666666, 1: 2.0}
-
-    Reference:
-        https://scikit-learn.org/stable/modules/generated/sklearn.utils.class_weight.compute_class_weight.html
-    """
-    classes, counts = np.unique(np.asarray(labels), return_counts=True)
-    weights = counts.sum() / (len(classes) * counts)
-    return dict(zip(classes.tolist(), weights.tolist(), strict=True))
-
-
 # How a folder is read.
 
 
@@ -626,12 +331,12 @@ def _class_files(root: Path, folder: Path, skipped: list[Skipped]) -> dict[str, 
         files = []
         for path in _walk(class_folder, root, skipped):
             if not _is_utf8(path.name):
-                skipped.append(Skipped(_shown(path, root), "file name is not valid UTF-8"))
+                skipped.append(Skipped(shown(path, root), "file name is not valid UTF-8"))
             elif _suffix(path) in IMAGE_SUFFIXES:
                 files.append(path)
             elif _suffix(path) in _FOREIGN_SUFFIXES:
                 reason = f"{_suffix(path)[1:].upper()} is not read: convert it to JPEG or PNG"
-                skipped.append(Skipped(_shown(path, root), reason))
+                skipped.append(Skipped(shown(path, root), reason))
         by_class[name] = sorted(files, key=lambda path: _order(path, root))
     return by_class
 
@@ -668,7 +373,7 @@ def _walk(folder: Path, root: Path, skipped: list[Skipped]) -> Iterator[Path]:
         for name in folders:
             if _is_seen(name) and _suffix(Path(name)) in IMAGE_SUFFIXES:
                 reason = "a folder, not an image"
-                skipped.append(Skipped(_shown(Path(parent, name), root), reason))
+                skipped.append(Skipped(shown(Path(parent, name), root), reason))
         folders[:] = [
             name for name in folders if _is_seen(name) and _suffix(Path(name)) not in IMAGE_SUFFIXES
         ]
@@ -742,91 +447,7 @@ def _held_out(count: int, validation: float, test: float) -> tuple[int, int]:
     return held[0], held[1]
 
 
-# How an image is read.
-
-
-def _decode(path: Path, reduction: Callable[[tuple[int, int]], int] = lambda _: 1) -> Image.Image:
-    """Decode the file to an upright RGB image, a JPEG at 1/`reduction(size)` of its size."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            # Opening a pipe would wait for ever.
-            raise ImageReadError(path, "not a regular file")
-        if status.st_size == 0:
-            raise ImageReadError(path, "empty file")
-        with Image.open(path, formats=_FORMATS) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise ImageReadError(
-                    path, f"{image.width}x{image.height}: more than {limit} pixels"
-                )
-            divisor = reduction(image.size)
-            if divisor > 1:
-                image.draft(None, (image.width // divisor or 1, image.height // divisor or 1))
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
-    except ImageReadError:
-        raise
-    except Exception as error:  # a damaged file can raise anything in a decoder
-        raise ImageReadError(path, _reason(path, error)) from error
-
-
-def _reduction(size: tuple[int, int], smallest: int) -> int:
-    """Choose how far a JPEG may be reduced while decoding, no side going below `smallest`."""
-    for divisor in (8, 4, 2):
-        # A side that does not divide would be padded, which shifts the picture.
-        if all(side % divisor == 0 and side // divisor >= smallest for side in size):
-            return divisor
-    return 1
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG, BMP, GIF or WebP image"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
-    if isinstance(error, OSError) and error.strerror:
-        return "broken link" if path.is_symlink() and not path.exists() else error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"damaged: {text}"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        gray = np.asarray(image).clip(0, 65535)
-        return Image.fromarray((gray / 257).round().astype("uint8")).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _resized(image: Image.Image, size: tuple[int, int], resize: str) -> Image.Image:
-    """Resize as `keras.layers.Resizing` does: its windows are whole pixels, cut before scaling."""
-    height, width = size
-    if resize == "crop":
-        kept_height = max(1, min(image.height, image.width * height // width))
-        kept_width = max(1, min(image.width, image.height * width // height))
-        top, left = (image.height - kept_height) // 2, (image.width - kept_width) // 2
-        image = image.crop((left, top, left + kept_width, top + kept_height))
-    elif resize == "pad":
-        border_y = max(0, image.width * height // width - image.height) // 2
-        border_x = max(0, image.height * width // height - image.width) // 2
-        image = ImageOps.expand(image, (border_x, border_y))
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-# Small things.
-
-
-def _size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(
-            "Expected `image_size` to be an int or (height, width), in pixels. "
-            f"Received: image_size={image_size!r}"
-        )
-    return size
+# How files are named.
 
 
 def _suffix(path: Path) -> str:
@@ -845,15 +466,3 @@ def _order(path: Path, root: Path) -> tuple[str, str]:
     """Sort alike on file systems that compose accents and on those that take them apart."""
     name = path.relative_to(root).as_posix()
     return unicodedata.normalize("NFC", name), name
-
-
-def _shown(path: Path, root: Path | None) -> str:
-    """Write the path relative to `root`, with `/`, in valid UTF-8."""
-    name = path.relative_to(root) if root is not None and path.is_relative_to(root) else path
-    return name.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map` on all cores: Pillow's decoders let other threads run."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        yield from pool.map(function, items)
