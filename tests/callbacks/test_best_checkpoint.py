@@ -661,20 +661,14 @@ def test_messages_count_epochs_from_one_and_only_when_asked(tmp_path, capsys):
 
 # Killed processes
 
-CHILD = """
+# Keras is imported once; each run is a process of its own, forked before anything is computed.
+RUNS = """
 import os, signal, sys
 import keras, numpy as np
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 
-folder, kill_at = sys.argv[1], int(sys.argv[2])
+folder = sys.argv[1]
 filepath = os.path.join(folder, "best.keras")
-x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
-y = (x @ np.array([1.0, -2.0, 0.5], "float32"))[:, None]
-if os.path.exists(filepath):
-    model = keras.models.load_model(filepath)
-else:
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(1e-3), "mse")
 
 class Note(keras.callbacks.Callback):
     def __init__(self, name):
@@ -684,22 +678,42 @@ class Note(keras.callbacks.Callback):
         with open(os.path.join(folder, self.name), "a") as file:
             file.write(f"{logs['val_loss']!r}\\n")
 
-if kill_at:
+def die_at_replacement(number):
     replace, replaced = os.replace, []
     def replace_or_die(*paths):
         replaced.append(paths)
-        if len(replaced) == kill_at:
+        if len(replaced) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
     os.replace = replace_or_die
 
-model.fit(x, y, validation_data=(x, y), epochs=10**6, verbose=0,
-          callbacks=[Note("seen"), BestCheckpoint(filepath, "val_loss"), Note("saved")])
+def train():
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    y = (x @ np.array([1.0, -2.0, 0.5], "float32"))[:, None]
+    if os.path.exists(filepath):
+        model = keras.models.load_model(filepath)
+    else:
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(1e-3), "mse")
+    model.fit(x, y, validation_data=(x, y), epochs=10**6, verbose=0,
+              callbacks=[Note("seen"), BestCheckpoint(filepath, "val_loss"), Note("saved")])
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        try:
+            if int(line):
+                die_at_replacement(int(line))
+            train()
+        finally:
+            os._exit(1)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
 """
 
 
 class Killed:
-    """A training process that is killed, and what it leaves."""
+    """Training processes that are killed, and what they leave."""
 
     def __init__(self, folder):
         self.checkpoint = folder / "checkpoint"
@@ -713,22 +727,31 @@ class Killed:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [float(line) for line in lines if line.endswith("\n")]
 
+    def __enter__(self):
+        self.runs = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RUNS, str(self.checkpoint)],
+            cwd=Path(best_checkpoint.__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_):
+        self.runs.communicate()
+
     def run(self, kill_at=0, kill_after=None):
         for name in ("seen", "saved"):
             (self.checkpoint / name).unlink(missing_ok=True)
-        with subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", CHILD, str(self.checkpoint), str(kill_at)],
-            cwd=Path(best_checkpoint.__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            if kill_after is not None:
-                while not self.values("saved") and process.poll() is None:
-                    time.sleep(0.01)
-                time.sleep(kill_after)
-                process.kill()
-            errors = process.communicate(timeout=120)[1]
-        assert process.returncode == -signal.SIGKILL, errors
+        print(kill_at, file=self.runs.stdin, flush=True)
+        pid = int(self.runs.stdout.readline())
+        if kill_after is not None:
+            while not self.values("saved") and Path(f"/proc/{pid}").exists():
+                time.sleep(0.01)
+            time.sleep(kill_after)
+            os.kill(pid, signal.SIGKILL)
+        status = int(self.runs.stdout.readline())
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
     def evaluate(self):
         assert zipfile.is_zipfile(self.filepath)
@@ -763,13 +786,13 @@ def check_after_kill(killed, best_before):
 
 
 def kill_at_random(folder, times):
-    killed, best = Killed(folder), math.inf
+    best, bests = math.inf, []
     moments = random.Random(0)  # noqa: S311 - moments to kill at are no secret
-    bests = []
-    for _ in range(times):
-        killed.run(kill_after=moments.uniform(0.0, 0.5))
-        best = check_after_kill(killed, best)
-        bests.append(best)
+    with Killed(folder) as killed:
+        for _ in range(times):
+            killed.run(kill_after=moments.uniform(0.0, 0.5))
+            best = check_after_kill(killed, best)
+            bests.append(best)
     assert bests[-1] < bests[0]  # they did go on
 
 
@@ -784,19 +807,18 @@ def test_killed_at_random_many_times(tmp_path):
 
 
 def test_killed_before_and_between_the_two_replacements(tmp_path):
-    killed = Killed(tmp_path)
+    with Killed(tmp_path) as killed:
+        killed.run(kill_at=5)  # two saves are complete; the third model and record are written
+        assert len(killed.files()) == 4
+        assert read_json(killed.filepath)["best"] == killed.values("saved")[1]
+        best = check_after_kill(killed, math.inf)
+        assert best == killed.values("saved")[1] > killed.values("seen")[2]
 
-    killed.run(kill_at=5)  # two saves are complete; the third model and record are written
-    assert len(killed.files()) == 4
-    assert read_json(killed.filepath)["best"] == killed.values("saved")[1]
-    best = check_after_kill(killed, math.inf)
-    assert best == killed.values("saved")[1] > killed.values("seen")[2]
-
-    killed.run(kill_at=4)  # one save is complete; of the second the model is in place
-    assert len(killed.files()) == 3
-    stale = read_json(killed.filepath)["best"]
-    best_between = check_after_kill(killed, best)
-    assert best_between == killed.values("seen")[1] < stale < best
+        killed.run(kill_at=4)  # one save is complete; of the second the model is in place
+        assert len(killed.files()) == 3
+        stale = read_json(killed.filepath)["best"]
+        best_between = check_after_kill(killed, best)
+        assert best_between == killed.values("seen")[1] < stale < best
 
 
 def test_killed_between_the_replacements_of_the_very_first_save(tmp_path, monkeypatch):
