@@ -35,11 +35,14 @@ class Thawable(Protocol):
     batch_norm: BatchNormPolicy
 
     @property
-    def blocks(self) -> Sequence[Any]: ...
+    def blocks(self) -> Sequence[Any]:
+        """The runs of layers that thaw together, in order."""
 
-    def freeze(self) -> None: ...
+    def freeze(self) -> None:
+        """Freeze every layer."""
 
-    def unfreeze(self, start: Start = "all") -> None: ...
+    def unfreeze(self, start: Start = "all") -> None:
+        """Train from `start` on, freeze what is before it."""
 
 
 class Node(NamedTuple):
@@ -112,7 +115,9 @@ def graph_nodes(model: keras.Layer) -> tuple[list[Node], tuple[int, ...]] | None
                 if inner is None or node.is_input:
                     inputs = tuple(number(scope, tensor) for tensor in node.input_tensors)
                     outputs = tuple(number(scope, tensor) for tensor in node.outputs)
-                    if not (node.is_input and scope != outermost):  # the inputs of an inner graph are outer tensors
+                    if not (
+                        node.is_input and scope != outermost
+                    ):  # the inputs of an inner graph are outer tensors
                         nodes.append(Node(node.operation, inputs, outputs))
                     continue
                 inner_scope = next(scopes)
@@ -191,9 +196,9 @@ def thaw(model: keras.Layer, position: int = 0) -> None:
     for unit in units(model)[:position]:
         set_trainable(unit, False)
     for layer in walk(model):  # a nested model of which nothing trains is frozen as a whole
-        if layer is not model and graph_of(layer) is not None:
-            if not any(unit.trainable for unit in units(layer)):
-                set_trainable(layer, False)
+        nested = layer is not model and graph_of(layer) is not None
+        if nested and not any(unit.trainable for unit in units(layer)):
+            set_trainable(layer, False)
 
 
 def thawed(model: keras.Layer) -> dict[str, list[str]]:
@@ -425,6 +430,17 @@ def call(model: keras.Layer, inputs: Any, training: bool | None) -> Any:
 _SAY_TRAINING = keras.layers.Identity(name="say_training", autocast=False)
 
 
+def output_spec(model: keras.Layer, inputs: Any) -> Any:
+    """The shapes and dtypes that `call` gives, without running the model."""
+    outputs = model.compute_output_spec(inputs)
+    return outputs if graph_of(model) is None else _unpacked(outputs)
+
+
+def _unpacked(outputs: Any) -> Any:
+    """As a functional model does: a single output in a list is that output."""
+    return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
+
+
 def _call(layer: keras.Layer, args: Any, kwargs: Any, training: bool) -> Any:
     """`layer(*args, **kwargs)`, told `training` where it and what is in it is trainable."""
     inside = walk(layer)
@@ -438,13 +454,13 @@ def _call(layer: keras.Layer, args: Any, kwargs: Any, training: bool) -> Any:
             return layer(*args, **kwargs, training=True)
     # Functional.call gives every layer the same `training`. Tried on Keras 3.15.1.
     outputs = graph._run_through_graph(graph._standardize_inputs(args[0]), operation_fn=_gated)
-    return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
+    return _unpacked(outputs)
 
 
 def _gated(operation: Any) -> Callable[..., Any]:
     """`operation`, which trains if it is trainable and was not told otherwise in the graph."""
     if not isinstance(operation, keras.Layer):
-        return operation  # type: ignore[no-any-return]  # an Operation such as keras.ops.add
+        return operation  # an Operation such as keras.ops.add
 
     def run(*args: Any, **kwargs: Any) -> Any:
         said = kwargs.pop("training", None)

@@ -1,5 +1,6 @@
 """`Backbone`: a pretrained feature extractor as one layer of any model."""
 
+import copy
 from typing import Any, Self
 
 import keras
@@ -101,7 +102,7 @@ class Backbone(keras.layers.Layer):
         self.model = model
         self.batch_norm = batch_norm
         self.pooling = pooling
-        self._pool = _POOLING[pooling]() if pooling else None
+        self._pool = _POOLING[pooling](data_format=_data_format(model)) if pooling else None
         self._batch_norm_guard = freezing.BatchNormGuard(model, batch_norm)
         self.trainable = trainable
 
@@ -172,7 +173,7 @@ class Backbone(keras.layers.Layer):
         if name == "trainable":
             # On TensorFlow, AutoTrackable drops the assignment of the value that an attribute
             # already has; a partly thawed backbone is `trainable` and must still obey.
-            type(self).trainable.fset(self, value)
+            object.__setattr__(self, name, value)  # straight to the property
         else:
             super().__setattr__(name, value)
 
@@ -215,9 +216,7 @@ class Backbone(keras.layers.Layer):
         [False, True]
         """
         blocks = self.blocks if isinstance(start, str) and start != "all" else ()
-        position = freezing.select(
-            self.model, start, batch_norm=self.batch_norm, blocks=blocks
-        )
+        position = freezing.select(self.model, start, batch_norm=self.batch_norm, blocks=blocks)
         freezing.thaw(self.model, position)
         self._batch_norm_guard.enforce()
 
@@ -228,13 +227,13 @@ class Backbone(keras.layers.Layer):
     def variables(self) -> list[Any]:
         """All variables of the layer, after holding BatchNormalization to its policy."""
         self._batch_norm_guard.enforce()
-        return super().variables  # type: ignore[no-any-return]
+        return super().variables
 
     @property
     def weights(self) -> list[Any]:
         """All weights of the layer, after holding BatchNormalization to its policy."""
         self._batch_norm_guard.enforce()
-        return super().weights  # type: ignore[no-any-return]
+        return super().weights
 
     # --- Looking inside ----------------------------------------------------------------------
 
@@ -332,11 +331,27 @@ class Backbone(keras.layers.Layer):
             outputs = self._pool(outputs)
         return keras.tree.map_structure(self._cast, outputs)
 
+    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002  # Keras's signature
+        """Shape and dtype of the features, without running the model."""
+        outputs = freezing.output_spec(self.model, inputs)
+        if self._pool is not None:
+            outputs = self._pool.compute_output_spec(outputs)
+        return keras.tree.map_structure(
+            lambda output: keras.KerasTensor(output.shape, self._dtype_of(output)), outputs
+        )
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Shape of the features."""
+        shape = self.model.compute_output_shape(input_shape)
+        return shape if self._pool is None else self._pool.compute_output_shape(shape)
+
     def _cast(self, output: Any) -> Any:
-        dtype = keras.backend.standardize_dtype(output.dtype)
-        if "float" in dtype and dtype != self.compute_dtype:
-            return keras.ops.cast(output, self.compute_dtype)
-        return output
+        return keras.ops.cast(output, self._dtype_of(output))
+
+    def _dtype_of(self, output: Any) -> str:
+        """The dtype that `output` leaves with."""
+        dtype: str = keras.backend.standardize_dtype(output.dtype)
+        return self.compute_dtype if "float" in dtype else dtype
 
     def build(self, input_shape: Any) -> None:  # noqa: ARG002  # Keras's signature
         """Nothing to make: the model was built when it came."""
@@ -356,7 +371,7 @@ class Backbone(keras.layers.Layer):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """A backbone from `get_config`."""
-        config = dict(config)
+        config = copy.deepcopy(config)  # Keras empties the parts that it reads
         thawed = config.pop("thawed")
         config["model"] = keras.saving.deserialize_keras_object(
             config["model"], custom_objects=custom_objects
@@ -364,3 +379,10 @@ class Backbone(keras.layers.Layer):
         backbone: Self = super().from_config(config)
         freezing.restore_thawed(backbone.model, thawed)
         return backbone
+
+
+def _data_format(model: keras.Layer) -> str | None:
+    """Where the feature maps of `model` have their channels; None, as Keras is configured, where
+    no layer says it."""
+    formats = [getattr(layer, "data_format", None) for layer in freezing.walk(model)]
+    return next((each for each in reversed(formats) if each is not None), None)
