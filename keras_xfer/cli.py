@@ -81,12 +81,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from keras_xfer.files import check_writable
     from keras_xfer.runs import read_labels, write_csv
 
     read_labels(arguments.run_dir)
     for path in map(Path, arguments.images):
         if not (path.exists() or path.is_symlink()):
             raise UsageError(f"No such file or folder: {str(path)!r}. Check the path")
+    if arguments.csv is not None:
+        check_writable(arguments.csv)
     with _quiet_start():
         from keras_xfer.prediction import predict
         from keras_xfer.screen import Screen, counted
@@ -442,7 +445,7 @@ def _of_the_system(error: OSError) -> str | None:
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
         return f"{text}. Choose another path, or change its permissions"
-    if number == errno.ENOENT and error.filename is not None:
+    if number == errno.ENOENT and (error.filename is not None or "Cannot write" in text):
         return f"{text}. Check the path"
     return None
 

@@ -117,9 +117,10 @@ def pretrain(
     Returns:
         Path of the weights file.
     """
-    recipe = Recipe(weights=None, epochs=1 if quick else 10, learning_rate=2e-3, **settings)
+    recipe = Recipe(weights=None, epochs=1 if quick else 8, learning_rate=2e-3, **settings)
     key = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-    weights = place / f"backbone-{key}.weights.h5"
+    # Not .weights.h5: HDF5 kills the process when the disk is full.
+    weights = place / f"backbone-{key}.keras"
     if weights.is_file():
         screen.line(f"The backbone that an earlier demo pretrained is used again: {weights}")
         return weights
@@ -137,7 +138,7 @@ def pretrain(
             for path in (checkpoint, Path(f"{checkpoint}.json")):
                 path.unlink(missing_ok=True)
         with files.replacing(weights) as temporary:
-            classifier.backbone.model.save_weights(temporary)
+            classifier.backbone.model.save(temporary)
     return weights
 
 
@@ -268,7 +269,7 @@ def _write_digit(path: Path, pixels: np.ndarray) -> None:
 
 
 def _recipes(weights: str, settings: dict[str, Any], quick: bool) -> dict[str, Recipe]:
-    common = {**settings, "epochs": 2 if quick else 30}
+    common = {**settings, "epochs": 2 if quick else 24}
     return {
         "from scratch": Recipe(weights=None, learning_rate=2e-3, **common),
         "frozen": Recipe(weights=weights, learning_rate=3e-3, unfreeze=None, **common),
@@ -287,7 +288,7 @@ def _fit(
         classifier,
         folder,
         recipe,
-        BestCheckpoint(checkpoint, save_weights_only=True, restore_best_weights=True, resume=False),
+        BestCheckpoint(checkpoint, restore_best_weights=True, resume=False),
         callbacks=[EpochLines(screen, [str(stage.name) for stage in stages])],
     )
 

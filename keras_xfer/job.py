@@ -133,9 +133,7 @@ def fit(
         KeyboardInterrupt: With a message that says what is kept.
     """
     run.write_csv("skipped.csv", ("file", "reason"), folder.skipped)
-    checkpoint = BestCheckpoint(
-        run / CHECKPOINT, save_weights_only=True, restore_best_weights=True, resume=False
-    )
+    checkpoint = BestCheckpoint(run / CHECKPOINT, restore_best_weights=True, resume=False)
     names = [str(stage.name) for stage in training.schedule(recipe, classifier.backbone)]
 
     def on_epoch(rows: list[Row]) -> None:

@@ -22,7 +22,7 @@ OUTPUTS = (
     "report.html",
 )
 RECORD = "run.json"  # says that a folder is a run's, and what was asked for
-CHECKPOINT = "best.weights.h5"  # there while a run trains
+CHECKPOINT = "best.keras"  # there while a run trains
 
 
 class RunFolder:
@@ -79,17 +79,17 @@ class RunFolder:
             record: What was asked for, for `run.json`.
         """
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        for name in (*OUTPUTS, RECORD, CHECKPOINT, f"{CHECKPOINT}.json"):
-            files.remove_leftovers(self / name)
-        # The record comes before what it vouches for, and goes after it.
-        self.write_json(RECORD, {"keras_xfer": __version__, **record})
-        self.remove(*OUTPUTS, CHECKPOINT, f"{CHECKPOINT}.json")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in (*OUTPUTS, RECORD, CHECKPOINT, f"{CHECKPOINT}.json"):
+                files.remove_leftovers(self / name)
+            # The record comes before what it vouches for, and goes after it.
+            self.write_json(RECORD, {"keras_xfer": __version__, **record})
+            self.remove(*OUTPUTS, CHECKPOINT, f"{CHECKPOINT}.json")
             yield
         except BaseException:
             if not (self / "history.csv").exists():
-                self.remove(*OUTPUTS, RECORD)
+                self.remove(*OUTPUTS, CHECKPOINT, f"{CHECKPOINT}.json", RECORD)
                 for path in made:
                     with contextlib.suppress(OSError):  # not empty: somebody else's
                         path.rmdir()

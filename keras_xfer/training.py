@@ -199,7 +199,8 @@ def fit(
         verbose=0,
     )
     best = checkpoint.best_epoch
-    if best is None or not math.isfinite(rows.rows[best]["loss"]):
+    # The accuracy, by which the best is chosen, is a number even where the loss is none.
+    if best is None or not all(math.isfinite(rows.rows[best][k]) for k in ("loss", "val_loss")):
         raise UsageError(
             f"The loss became NaN in epoch {len(rows.rows)}. Lower --learning-rate, which was "
             f"{recipe.learning_rate:g}"

@@ -256,7 +256,7 @@ def test_a_diverging_loss_is_said(photos, tmp_path, capfd):
     status = main(
         [
             *("train", str(photos), "--output", str(tmp_path / "run"), *SMALL),
-            *("--weights", "none", "--epochs", "2", "--learning-rate", "1e30"),
+            *("--weights", "none", "--epochs", "2", "--learning-rate", "1e30", "--batch-size", "4"),
         ]
     )
     failed(capfd, status, "NaN", "--learning-rate")

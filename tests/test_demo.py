@@ -117,7 +117,7 @@ def test_the_smallest_form(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     check(output, done.stdout)
     assert "Pretraining" in done.stdout
-    (backbone,) = (output / "pretraining").glob("*.weights.h5")
+    (backbone,) = (output / "pretraining").glob("*.keras")
     assert str(backbone) in done.stdout  # in the hint, for --weights
 
 
