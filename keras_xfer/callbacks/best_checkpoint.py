@@ -1,7 +1,5 @@
 """BestCheckpoint: the best model of a run in one file, over stages, `fit` calls, restarts and kills."""
 
-# ruff: noqa: ARG002, D102 - the names, arguments and meanings of the hooks are Keras's
-
 import hashlib
 import inspect
 import json

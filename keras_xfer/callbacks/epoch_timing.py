@@ -1,7 +1,5 @@
 """EpochTiming: where the time of an epoch goes, in the logs, in History and as tables."""
 
-# ruff: noqa: ARG002, D102 - the names, arguments and meanings of the hooks are Keras's
-
 import dataclasses
 import math
 from collections.abc import Sequence

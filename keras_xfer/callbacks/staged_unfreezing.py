@@ -75,12 +75,12 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self._planned: tuple[PlannedStage, ...] = ()
         self._running: PlannedStage | None = None
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Place the schedule in the model, before anything trains."""
         self._planned = resolve(self.stages, find_backbone(self.model, self.backbone))
         self._running = None
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin the stage that `epoch` belongs to, if it is another."""
         planned = stage_at(self._planned, epoch)
         if planned.end_epoch is not None and epoch >= planned.end_epoch:
@@ -104,7 +104,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         if planned is self._planned[-1] and epoch + 1 == planned.end_epoch:
             self.model.stop_training = True
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Forget the stage: a later `fit` begins again by its epoch."""
         self._running = None
         set_current_stage(self.model, None)
