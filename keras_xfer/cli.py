@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import errno
+import importlib
 import logging
 import os
 import re
@@ -478,6 +479,9 @@ def _quiet_start() -> Iterator[None]:
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
+            # On other backends Keras loads it, if it is there, with the first preprocessing layer.
+            with contextlib.suppress(ImportError):
+                importlib.import_module("tensorflow")
             yield
         finally:
             sys.stderr.flush()

@@ -21,7 +21,6 @@ from keras_xfer import files, job, training
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.images import ImageFolder, Sample
 from keras_xfer.recipe import Recipe, UsageError
-from keras_xfer.reports import predict_probabilities
 from keras_xfer.runs import CHECKPOINT, RunFolder
 from keras_xfer.screen import EpochLines, Screen, counted
 from keras_xfer.training import Classifier, Fitted
@@ -117,7 +116,7 @@ def pretrain(
     Returns:
         Path of the weights file.
     """
-    recipe = Recipe(weights=None, epochs=1 if quick else 8, learning_rate=2e-3, **settings)
+    recipe = Recipe(weights=None, epochs=1 if quick else 10, learning_rate=2e-3, **settings)
     key = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
     # Not .weights.h5: HDF5 kills the process when the disk is full.
     weights = place / f"backbone-{key}.keras"
@@ -275,7 +274,12 @@ def _recipes(weights: str, settings: dict[str, Any], quick: bool) -> dict[str, R
         "frozen": Recipe(weights=weights, learning_rate=3e-3, unfreeze=None, **common),
         # Five digits make a narrow backbone: all of it has to move, and faster than usual.
         "staged": Recipe(
-            weights=weights, learning_rate=3e-3, unfreeze="all", fine_tune_rate=1e-3, **common
+            weights=weights,
+            learning_rate=3e-3,
+            head_epochs=1 if quick else 4,
+            unfreeze="all",
+            fine_tune_rate=1e-3,
+            **common,
         ),
     }
 
@@ -297,10 +301,10 @@ def _row(
     classifier: Classifier, fitted: Fitted, folder: ImageFolder, recipe: Recipe
 ) -> dict[str, Any]:
     data = training.dataset(classifier, folder, "test", recipe.batch_size)
-    _, labels, probabilities = predict_probabilities(classifier.served, data)
+    scores = classifier.trained.evaluate(data, verbose=0, return_dict=True)
     last = [row for row in fitted.rows if row["stage"] == fitted.rows[-1]["stage"]]
     return {
-        "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+        "accuracy": float(scores["accuracy"]),
         # The first epoch of a stage compiles.
         "epoch_seconds": float(np.median([row["epoch_seconds"] for row in last])),
         "epochs": len(fitted.rows),
