@@ -65,7 +65,8 @@ def _flow(model: keras.Layer) -> tuple[list[Node], list[Node]]:
     nodes, outputs = found
     last_use = {tensor: i for i, node in enumerate(nodes) for tensor in node.inputs}
     last_use.update(dict.fromkeys(outputs, len(nodes)))
-    live: set[int] = set()
+    # The inputs are there from the start: several of them are no cut, one after the other.
+    live = {tensor for node in nodes if not node.inputs for tensor in node.outputs}
     cut_nodes = []
     for i, node in enumerate(nodes):
         live.update(node.outputs)
@@ -161,14 +162,28 @@ def _has_strides(layer: Any) -> bool:
 
 
 def _names(runs: Sequence[Sequence[keras.Layer]]) -> list[str]:
-    """A unique name for each run: the prefix most of its layers share, or its last layer's."""
-    taken: collections.Counter[str] = collections.Counter()
-    names = []
+    """A unique name for each run: the prefix most of its layers share, or its last layer's.
+
+    `unfreeze` looks a name up among the layers first; so that it begins where the block does, no
+    block is called as a layer is that has weights of the block below it.
+    """
+    every_layer = {layer.name for run in runs for layer in run}
+    names: list[str] = []
     for run in runs:
         ending = next((each for each in reversed(run) if type(each).__name__ in _JOINS), run[-1])
         name = _shared_prefix([layer.name for layer in run]) or ending.name
-        taken[name] += 1
-        names.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
+        first = next((i for i, layer in enumerate(run) if layer.weights), len(run))
+        misleading = every_layer - {layer.name for layer in run[: first + 1]}
+        if name in misleading:
+            name = f"{name}_block"
+        numbered = (f"{name}_{n}" for n in itertools.count(2))
+        names.append(
+            next(
+                each
+                for each in itertools.chain([name], numbered)
+                if each not in names and each not in misleading
+            )
+        )
     return names
 
 

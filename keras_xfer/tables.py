@@ -34,4 +34,6 @@ class Table:
 
     @staticmethod
     def _text(value: Any) -> str:
-        return f"{value:,}" if isinstance(value, int) else str(value)
+        return (
+            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        )
