@@ -45,7 +45,7 @@ def retarget(
     ...             retarget(self.model, lambda: base.unfreeze(-20), learning_rate=1e-5)
 
     Reference:
-        https://github.com/keras-team/keras/issues/18092
+        https://keras.io/guides/transfer_learning/
     """
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
@@ -79,7 +79,7 @@ class GroupedOptimizer(keras.optimizers.Optimizer):
     the one that has trained longest: `learning_rate` and `iterations` read it, and setting
     `learning_rate` scales all groups in proportion, so that ReduceLROnPlateau and
     LearningRateScheduler work beside a schedule. keras.optimizers.MultiOptimizer has neither:
-    https://github.com/keras-team/keras/pull/22176
+    https://github.com/keras-team/keras/pull/22897
 
     Args:
         optimizers: list of Keras optimizers, one a group.

@@ -334,3 +334,32 @@ def test_under_a_mirrored_strategy():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=200
     )
     assert done.stdout.endswith("same\n"), done.stderr
+
+
+# What Keras does not do by itself. One of these fails when it does: then look whether `retarget`
+# is still needed as it is.
+
+
+def test_keras_itself_still_ignores_or_refuses_a_change_within_fit():
+    model = compiled("sgd")
+    base = model.get_layer("base")
+    before = base.get_weights()
+    x, y = schedules.data()
+
+    def flip(model):
+        base.unfreeze("all")
+
+    if BACKEND == "tensorflow":
+        model.fit(x, y, callbacks=[At(0, flip)], **BATCH)
+        for now, then in zip(base.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(now, then)
+    else:
+        with pytest.raises(ValueError, match="nknown variable|shape|1:1"):
+            model.fit(x, y, callbacks=[At(0, flip)], **BATCH)
+
+
+def test_keras_multi_optimizer_still_has_no_learning_rate():
+    """https://github.com/keras-team/keras/pull/22897."""
+    map_ = keras.optimizers.OptimizerMap(keras.optimizers.SGD())
+    with pytest.raises(AttributeError, match="Learning rate cannot be accessed"):
+        keras.optimizers.MultiOptimizer(map_).learning_rate  # noqa: B018  # reading it raises
