@@ -417,7 +417,7 @@ def call(model: keras.Layer, inputs: Any, training: bool | None) -> Any:
 
     Keras passes one `training` to all: a frozen BatchNormalization obeys its own flag, but frozen
     Dropout, stochastic depth and SpectralNormalization still act
-    (https://github.com/keras-team/keras/issues/18092).
+    (https://keras.io/api/layers/regularization_layers/dropout/).
     """
     live = bool(training) and any(weight.trainable for weight in model.weights)
     outputs = _call(model, (inputs,), {}, live)
