@@ -134,7 +134,7 @@ class BackbonePreprocessing(keras.layers.Rescaling):
             )
         self.resizing = None
         if self.image_size is not None:
-            self.resizing = keras.layers.Resizing(
+            self.resizing = _Resizing(
                 *self.image_size,
                 interpolation=self.interpolation,
                 antialias=self.antialias,
@@ -383,6 +383,18 @@ class BackbonePreprocessing(keras.layers.Rescaling):
 
             return not isinstance(x, jax.core.Tracer)
         return hasattr(x, "numpy")  # TensorFlow: of eager tensors alone
+
+
+class _Resizing(keras.layers.Resizing):
+    """Keras's, without `training=True` as the default of its call.
+
+    Keras hands such a default on to the layers that come after: in `model(x)`, where nobody said
+    `training`, BatchNormalization then normalised by the batch and moved its statistics. Seen on
+    Keras 3.15.1.
+    """
+
+    def call(self, data: Any, training: bool | None = None) -> Any:  # noqa: ARG002
+        return super().call(data, training=False)
 
 
 def _one_of(argument: str, value: Any, allowed: tuple[str, ...]) -> Any:
