@@ -22,6 +22,15 @@ class Block:
     Args:
         name: str, unique in the model; `Backbone.unfreeze(name)` trains from here on.
         layers: the layers of the block in the order in which they run.
+
+    Example:
+
+    >>> found = blocks(keras.applications.VGG16(weights=None, include_top=False))
+    >>> found[-1].name, len(found[-1].layers)
+    ('block5', 4)
+
+    Reference:
+        https://keras.io/guides/transfer_learning/
     """
 
     name: str

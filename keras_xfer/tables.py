@@ -12,6 +12,16 @@ class Table:
     Args:
         columns: names of the columns.
         rows: one tuple a row, a value a column. Numbers are aligned to the right.
+
+    Example:
+
+    >>> print(Table(("block", "parameters"), [("stem", 896), ("top", 147584)]))
+    block  parameters
+    stem          896
+    top       147,584
+
+    Reference:
+        https://docs.python.org/3/library/string.html#format-specification-mini-language
     """
 
     columns: tuple[str, ...]

@@ -34,7 +34,8 @@ class Backbone(keras.layers.Layer):
         batch_norm: what BatchNormalization inside `model` may do, now and after any thawing:
             `"frozen"`, neither update its statistics nor train gamma and beta; `"affine"`, train
             gamma and beta where thawed, with fixed statistics; `"train"`, Keras's default.
-            Defaults to `"frozen"`.
+            Statistics are held wherever else `model` or its layers are called, until another
+            Backbone is made around it. Defaults to `"frozen"`.
         trainable: bool, whether all layers start thawed. Defaults to `False`.
         pooling: `"avg"`, `"max"` or None, global pooling of a feature map `(B, H, W, C)`.
             Defaults to `None`.

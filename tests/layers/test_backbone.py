@@ -1162,7 +1162,7 @@ def hub_models():
 
 def _resnet(models):
     return models.ResNetBackbone(
-        input_conv_filters=[4],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
         stackwise_num_filters=[64, 8],
         stackwise_num_blocks=[1, 2],
