@@ -120,7 +120,7 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     >>> recipe = Recipe(image_size=32, weights="some.h5", backbone_args={"alpha": 0.35})
     >>> backbone = Backbone.from_application("MobileNetV2", weights=None, alpha=0.35)
     >>> [(stage.unfreeze, stage.epochs) for stage in schedule(recipe, backbone)]
-    [(None, 5), ('block_12', 10)]
+    [(None, 5), ('block_11', 10)]
     """
     head_epochs, more_epochs = recipe.stage_epochs
     if recipe.weights is None:
