@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from keras_xfer._version import __version__
-from keras_xfer.recipe import AUGMENTS, TOP_THIRD, Recipe, UsageError
+from keras_xfer.commands.recipe import AUGMENTS, TOP_THIRD, Recipe, UsageError
 
 _DEFAULT = Recipe()
 _OUTPUT_HELP = (
@@ -70,20 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from keras_xfer.runs import RunFolder
+    from keras_xfer.commands.runs import RunFolder
 
     recipe = _recipe(arguments)
     RunFolder(arguments.output, images=arguments.images)  # refuses before anything is loaded
     with _quiet_start():
-        from keras_xfer import job
-        from keras_xfer.screen import Screen
+        from keras_xfer.commands import job
+        from keras_xfer.commands.screen import Screen
     job.train(arguments.images, arguments.output, recipe, Screen())
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from keras_xfer.commands.runs import read_labels, write_csv
     from keras_xfer.files import check_writable
-    from keras_xfer.runs import read_labels, write_csv
 
     read_labels(arguments.run_dir)
     for path in map(Path, arguments.images):
@@ -92,8 +92,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.csv is not None:
         check_writable(arguments.csv)
     with _quiet_start():
-        from keras_xfer.prediction import predict
-        from keras_xfer.screen import Screen, counted
+        from keras_xfer.commands.prediction import predict
+        from keras_xfer.commands.screen import Screen, counted
     screen = Screen()
     predictions, skipped = predict(
         arguments.run_dir, arguments.images, top=arguments.top, screen=screen
@@ -124,12 +124,12 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from keras_xfer.runs import RunFolder
+    from keras_xfer.commands.runs import RunFolder
 
     RunFolder(arguments.output)
     with _quiet_start():
+        from keras_xfer.commands.screen import Screen
         from keras_xfer.demo import demo
-        from keras_xfer.screen import Screen
     demo(arguments.output, seed=arguments.seed, quick=arguments.quick, screen=Screen())
     return 0
 

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_xfer import files, job, training
+from keras_xfer import files
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
+from keras_xfer.commands import job, training
+from keras_xfer.commands.recipe import Recipe, UsageError
+from keras_xfer.commands.runs import CHECKPOINT, RunFolder
+from keras_xfer.commands.screen import EpochLines, Screen, counted
+from keras_xfer.commands.training import Classifier, Fitted
 from keras_xfer.images import ImageFolder, Sample
-from keras_xfer.recipe import Recipe, UsageError
-from keras_xfer.runs import CHECKPOINT, RunFolder
-from keras_xfer.screen import EpochLines, Screen, counted
-from keras_xfer.training import Classifier, Fitted
 
 LABELLED = 20  # images a class that the transfer learns from
 VALIDATED = 10  # images a class that choose the epoch

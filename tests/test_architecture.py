@@ -17,7 +17,7 @@ FLOORS = {
     1: {"_version", "applications", "blocks", "files", "freezing", "retarget", "stages", "tables"},
     2: {"layers", "callbacks"},
     3: {"features", "diagnostics", "reports", "images"},
-    4: {"tuner", "demo", "training", "recipe", "runs"},
+    4: {"tuner", "demo", "commands"},
     5: {"cli", "__main__"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

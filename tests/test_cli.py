@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_xfer import applications, cli, job
+from keras_xfer import applications, cli
 from keras_xfer.cli import main
+from keras_xfer.commands import job
 
 CLASSES = ["Zürich 日本", "cat", "red panda"]  # by code point
 SMALL = ["--backbone", "MobileNet", "--backbone-arg", "alpha=0.25", "--image-size", "32"]

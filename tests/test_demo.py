@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from keras_xfer.commands.recipe import UsageError
 from keras_xfer.demo import split, write_digits
 from keras_xfer.images import load_image, scan
-from keras_xfer.recipe import UsageError
 
 OUTPUTS = {
     "model.keras",

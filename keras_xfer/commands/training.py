@@ -14,9 +14,9 @@ from keras_xfer import applications, stages
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
+from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
 from keras_xfer.images import ImageDataset, ImageFolder, class_weights
 from keras_xfer.layers import Backbone
-from keras_xfer.recipe import TOP_THIRD, Recipe, UsageError
 from keras_xfer.stages import Stage
 
 # How images get from their own size to the model's, in training and in the saved model alike.

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_xfer import training
 from keras_xfer.callbacks import BestCheckpoint
+from keras_xfer.commands import training
+from keras_xfer.commands.recipe import Recipe, UsageError
 from keras_xfer.images import scan
 from keras_xfer.layers import Backbone
-from keras_xfer.recipe import Recipe, UsageError
 
 SMALL = {"backbone": "MobileNet", "backbone_args": {"alpha": 0.25}, "image_size": 32}
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")

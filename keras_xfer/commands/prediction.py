@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_xfer.commands.recipe import UsageError
+from keras_xfer.commands.runs import read_labels
+from keras_xfer.commands.screen import Screen
 from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
 from keras_xfer.layers import BackbonePreprocessing
-from keras_xfer.recipe import UsageError
-from keras_xfer.runs import read_labels
-from keras_xfer.screen import Screen
 
 _BATCH_SIZE = 32
 

@@ -51,7 +51,7 @@ class Recipe:
     >>> Recipe(epochs=0)
     Traceback (most recent call last):
         ...
-    keras_xfer.recipe.UsageError: --epochs: expected a whole number of at least 1. Received: 0
+    keras_xfer.commands.recipe.UsageError: --epochs: expected a whole number of at least 1. Received: 0
     """
 
     backbone: str = "MobileNetV2"

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from keras_xfer import files, training
+from keras_xfer import files
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
+from keras_xfer.commands import training
+from keras_xfer.commands.recipe import Recipe
+from keras_xfer.commands.runs import CHECKPOINT, RunFolder
+from keras_xfer.commands.screen import EpochLines, Screen, counted, seconds
+from keras_xfer.commands.training import Classifier, Fitted, Row
 from keras_xfer.images import ImageFolder, scan
-from keras_xfer.recipe import Recipe
 from keras_xfer.reports import predict_probabilities, write_report
-from keras_xfer.runs import CHECKPOINT, RunFolder
-from keras_xfer.screen import EpochLines, Screen, counted, seconds
-from keras_xfer.training import Classifier, Fitted, Row
 
 PREDICTION_COLUMNS = ("file", "label", "prediction", "probability", "correct")
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_xfer import __version__, files
-from keras_xfer.recipe import UsageError
+from keras_xfer import files
+from keras_xfer._version import __version__
+from keras_xfer.commands.recipe import UsageError
 
 OUTPUTS = (
     "model.keras",

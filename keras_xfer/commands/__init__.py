@@ -1,0 +1,1 @@
+"""What the commands do: a recipe, its training, the folder of a run, and what is said on screen."""
