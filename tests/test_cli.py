@@ -404,7 +404,11 @@ def test_a_full_disk(photos, weights, tmp_path, capfd):
 
 
 def test_a_disk_that_fills_up_at_the_end(photos, weights, tmp_path, capfd, monkeypatch):
+    save = keras.Model.save
+
     def half(self, filepath, *args, **kwargs):
+        if self.name != "image_classifier":
+            return save(self, filepath, *args, **kwargs)
         filepath.write_bytes(b"half of a model")
         raise OSError(errno.ENOSPC, "No space left on device")
 
