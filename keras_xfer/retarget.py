@@ -58,13 +58,15 @@ def retarget(
         model.jax_state_sync()
     change()
     variables = model.trainable_variables
-    if not variables:
+    if not variables and model.built:
         raise ValueError(
             "Expected something to train. Received: a model of which every layer is frozen: "
             "add a head, or let the first stage thaw some of the backbone."
         )
+    optimizer = model.optimizer
     with _distribution_scope(model):
-        optimizer = _optimizer_for(model.optimizer, variables)
+        if optimizer.built:  # else Keras builds it, in the first step, for what is trainable then
+            optimizer = _optimizer_for(optimizer, variables)
         if learning_rate is not None:
             optimizer = _with_learning_rate(optimizer, variables, learning_rate)
     if optimizer is not model.optimizer:
@@ -269,12 +271,9 @@ def _optimizer_for(
     """An optimizer for exactly `variables`, with the state that `optimizer` has for them."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = _optimizer_for(optimizer.inner_optimizer, variables)
-        if optimizer.built and inner is optimizer.inner_optimizer:
+        if inner is optimizer.inner_optimizer:
             return optimizer
         return _loss_scaled(optimizer, inner, variables)
-    if not optimizer.built:
-        optimizer.build(variables)
-        return optimizer
     key = optimizer._var_key
     wanted = {key(variable) for variable in variables}
     if wanted == set(map(key, optimizer._trainable_variables)):
@@ -332,8 +331,8 @@ def _loss_scaled(
     new = keras.optimizers.LossScaleOptimizer(
         inner, initial_scale=old.initial_scale, dynamic_growth_steps=old.dynamic_growth_steps
     )
-    new.build(variables)
     if old.built:
+        new.build(variables)
         _copy(old.step_counter, new.step_counter)
         _copy(old.dynamic_scale, new.dynamic_scale)
     return new
@@ -345,14 +344,18 @@ def _fresh(
     """A new optimizer with the configuration of `like`, built for `variables`."""
     if isinstance(like, GroupedOptimizer):
         like = like._members[0]
-    config = {**like.get_config(), **changes}
-    config["name"] += suffix
-    new = type(like).from_config(config)
+    new = _unbuilt(like, name=like.name + suffix, **changes)
+    new.build(variables)
+    return new
+
+
+def _unbuilt(like: keras.optimizers.Optimizer, **changes: Any) -> keras.optimizers.Optimizer:
+    """A new optimizer with the configuration of `like`."""
+    new = type(like).from_config({**like.get_config(), **changes})
     # What exclude_from_weight_decay was told is in no configuration.
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(like, name):
             setattr(new, name, getattr(like, name))
-    new.build(variables)
     return new
 
 
@@ -413,8 +416,9 @@ def _with_learning_rate(
             return optimizer
         return _grouped(members, variables, optimizer.global_clipnorm)
     if not isinstance(optimizer._learning_rate, keras.Variable):
-        return _rebuilt(
-            optimizer, optimizer._trainable_variables, learning_rate=float(learning_rate)
-        )
+        rate = float(learning_rate)
+        if not optimizer.built:
+            return _unbuilt(optimizer, learning_rate=rate)
+        return _rebuilt(optimizer, optimizer._trainable_variables, learning_rate=rate)
     optimizer.learning_rate = learning_rate
     return optimizer

@@ -230,6 +230,23 @@ def test_a_nested_and_a_subclassed_model():
     schedules.assert_equal_weights(model, by_hand(keras.optimizers.Adam))
 
 
+@pytest.mark.parametrize("rate", [1e-2, keras.optimizers.schedules.CosineDecay(1.0, 10)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_model_that_is_built_by_its_first_step(rate, scaled):
+    """TensorFlow makes the head's weights and the optimizer's in the first step of `fit`."""
+    keras.utils.set_random_seed(1)
+    built = schedules.model()
+    model = keras.Sequential([built.get_layer("base"), keras.layers.Dense(3, name="head")])
+    optimizer = keras.optimizers.SGD(rate)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer, schedules.LOSS(from_logits=True))
+    x, y = schedules.data()
+    history = model.fit(x, y, epochs=3, callbacks=[StagedUnfreezing(stages(1))], **BATCH).history
+    assert history["trainable_params"] == [15, 51, 107]
+    np.testing.assert_allclose(history["learning_rate"], RATES, rtol=1e-6)
+
+
 def test_it_prints_what_begins(capsys):
     model = compiled("adam")
     x, y = schedules.data()
