@@ -173,6 +173,18 @@ def test_a_nested_model_called_twice_runs_twice():
     assert len({node.outputs for node in nodes}) == 4  # four different tensors
 
 
+@pytest.mark.filterwarnings("ignore:Layer 'nested'.*does not support masking")  # Keras's word
+def test_a_mask_that_goes_into_a_nested_model_is_in_use_to_its_end():
+    inside = keras.Input((4, 6))
+    nested = keras.Model(inside, layers.GRU(3)(layers.Dense(6)(inside)), name="nested")
+    tokens = keras.Input((4,), dtype="int32")
+    embedded = layers.Embedding(5, 6, mask_zero=True)(tokens)
+    nodes, _ = freezing.graph_nodes(keras.Model(tokens, nested(embedded)))
+    produced = {tensor for node in nodes[:-1] for tensor in node.outputs}
+    assert len(nodes[-1].inputs) == 2  # what goes through the dense layer, and the mask
+    assert set(nodes[-1].inputs) <= produced
+
+
 def test_parameters_are_counted():
     model = nested_model()
     bn = model.get_layer("nested").get_layer("bn")
@@ -319,7 +331,7 @@ def test_a_start_that_matches_nothing_names_the_nearest():
     with pytest.raises(ValueError, match="Nearest: 'block_of_mine'"):
         freezing.select(model, "block_of_min", blocks=[block])
     with pytest.raises(ValueError, match="Nearest"):
-        freezing.select(model, "ai")  # `fullmatch`, not `search`
+        freezing.select(model, "pai")  # a whole name
 
 
 def test_a_start_with_nothing_to_train_is_refused():

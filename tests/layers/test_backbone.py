@@ -392,6 +392,30 @@ def test_the_policy_holds_in_a_loop_written_by_hand(policy):
     assert all(same(scales, affine(backbone))) == (policy == "frozen")
 
 
+def test_whoever_looks_first_sees_the_policy_kept():
+    backbone = Backbone(deep_model(), trainable=True)
+
+    def thawed():
+        return [each.path for bn in batch_norms(backbone) for each in bn.weights if each.trainable]
+
+    assert thawed() == []  # set by the constructor
+    backbone.unfreeze()
+    assert thawed() == []
+    backbone.trainable = True
+    assert thawed() == []
+    for look in (
+        lambda: backbone.variables,
+        lambda: backbone.weights,
+        lambda: backbone(data(2, 4)),
+        lambda: backbone.get_config(),
+        lambda: backbone.trainable_summary(),
+    ):
+        _every_batch_norm(None, backbone)
+        assert thawed()
+        look()
+        assert thawed() == []
+
+
 @pytest.mark.parametrize("policy", ["frozen", "affine"])
 def test_not_even_a_call_past_the_backbone_moves_the_statistics(policy):
     """A feature extractor cut out of the model shares its layers."""
@@ -411,6 +435,43 @@ def test_the_last_backbone_around_a_model_says_its_policy():
         moving = statistics(inner)
         backbone(data(8, 4), training=True)
         assert all(same(moving, statistics(inner))) == (policy != "train")
+
+
+@on_tensorflow
+@pytest.mark.parametrize("start", [None, "two_conv"])
+def test_it_costs_nothing_over_keras_written_by_hand(start):
+    """Operation for operation the same train step."""
+    import tensorflow as tf
+
+    def base():
+        inputs = keras.Input((8, 8, 3))
+        x = norm("one_bn")(layers.Conv2D(4, 3, name="one_conv")(inputs))
+        x = norm("two_bn")(layers.Conv2D(4, 3, name="two_conv")(layers.ReLU()(x)))
+        return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+    plain = base()
+    plain.trainable = start is not None
+    for layer in plain.layers:  # what one writes by hand
+        above = start is not None and plain.layers.index(layer) >= 4
+        layer.trainable = above and not isinstance(layer, layers.BatchNormalization)
+    backbone = Backbone(base())
+    if start:
+        backbone.unfreeze(start)
+
+    def operations(features):
+        model = with_head(features, (8, 8, 3))
+        variables = model.trainable_variables
+
+        @tf.function
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            return tape.gradient(loss, variables)
+
+        graph = step.get_concrete_function(tf.TensorSpec((4, 8, 8, 3)), tf.TensorSpec((4, 3))).graph
+        return sorted(operation.type for operation in graph.get_operations())
+
+    assert operations(backbone) == operations(plain)
 
 
 # --- what is computed ------------------------------------------------------------------------------
@@ -569,6 +630,29 @@ def test_frozen_dropout_in_layers_of_ones_own_is_off():
         np.testing.assert_array_equal(numpy_of(backbone(x, training=True)), expected)
 
 
+def test_a_batch_normalization_thawed_by_hand_in_a_frozen_layer_moves():
+    """Under "train" it does what Keras does: https://github.com/keras-team/keras/issues/18092."""
+    inputs = keras.Input((4,))
+    for make in (Composite, Silent):
+        layer = make(rate=0.0)
+        backbone = Backbone(keras.Model(inputs, layer(inputs)), batch_norm="train")
+        moving = statistics(backbone)
+        layer.bn.trainable = True
+        backbone(data(8, 4), training=True)
+        assert not any(same(moving, statistics(backbone)))
+
+
+def test_a_nested_model_may_be_called_by_keyword():
+    nested = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dropout(0.5)])
+    inputs = keras.Input((4,))
+    inner = keras.Model(inputs, nested(inputs=inputs))
+    backbone = Backbone(inner, trainable=True)
+    x = data(16, 4)
+    assert not np.array_equal(numpy_of(backbone(x, training=True)), numpy_of(inner(x)))
+    nested.layers[-1].trainable = False
+    np.testing.assert_array_equal(numpy_of(backbone(x, training=True)), numpy_of(inner(x)))
+
+
 def test_with_every_weight_frozen_by_hand_it_is_in_inference_mode():
     dense = layers.Dense(4)
     inner = keras.Sequential([keras.Input((4,)), dense, layers.Dropout(0.5)])
@@ -621,7 +705,7 @@ def test_masks_pass_through_it():
     tokens = keras.Input((4,), dtype="int32")
     inner_inputs = keras.Input((4, 6))
     recurrent = keras.Model(inner_inputs, layers.GRU(3)(inner_inputs), name="recurrent")
-    embedded = layers.Embedding(5, 6, mask_zero=True)(tokens)
+    embedded = layers.Dense(6)(layers.Embedding(5, 6, mask_zero=True)(tokens))
     x = np.array([[1, 2, 0, 0], [3, 1, 2, 0]])
     inner = keras.Model(tokens, recurrent(embedded))
     expected = numpy_of(inner(x))
