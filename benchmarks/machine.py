@@ -1,11 +1,12 @@
 """What a benchmark ran on, and where its numbers go."""
 
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from keras_xfer import files
 
 
 def description() -> dict[str, Any]:
@@ -37,4 +38,4 @@ def write(output: str | None, results: Any) -> None:
         return
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": description(), "results": results}, indent=2), "utf-8")
+    files.write_json(path, {"machine": description(), "results": results})

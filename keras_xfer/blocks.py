@@ -90,13 +90,14 @@ def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
     nodes, cut_nodes = _flow(model)
     if not nodes:
         return [i for i, layer in enumerate(layers) if i and _has_own_weights(layer)]
-    if named := _named_concatenations(nodes, cut_nodes, layers):
-        return named
     at = {id(node): i for i, node in enumerate(nodes)}
     segments = [
         nodes[begin + 1 : end + 1]
         for begin, end in itertools.pairwise([-1, *(at[id(node)] for node in cut_nodes)])
     ]
+    hardly_cut = max(map(len, segments), default=0) * 2 >= len(nodes)
+    if hardly_cut and (named := _named_concatenations(layers)):
+        return named
     joins = [any(_is_join(node) for node in segment) for segment in segments]
     ends: set[int] = set()
     strided: int | None = None  # the last end, if it is there for its strides alone
@@ -117,15 +118,8 @@ def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
     )
 
 
-def _named_concatenations(
-    nodes: Sequence[Node], cut_nodes: Sequence[Node], layers: Sequence[keras.Layer]
-) -> list[int]:
-    """Positions after the concatenations that carry a name of their own, where most of the graph
-    lies between two cuts; else none."""
-    at = {id(node): i for i, node in enumerate(nodes)}
-    bounds = [-1, *(at[id(node)] for node in cut_nodes)]
-    if max((end - begin for begin, end in itertools.pairwise(bounds)), default=0) * 2 < len(nodes):
-        return []
+def _named_concatenations(layers: Sequence[keras.Layer]) -> list[int]:
+    """Positions after the concatenations that carry a name of their own."""
     return [
         i + 1
         for i, layer in enumerate(layers)

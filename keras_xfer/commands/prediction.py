@@ -13,6 +13,7 @@ import numpy as np
 from keras_xfer.commands.recipe import UsageError
 from keras_xfer.commands.runs import read_labels
 from keras_xfer.commands.screen import Screen
+from keras_xfer.commands.training import one_line
 from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
 from keras_xfer.layers import BackbonePreprocessing
 
@@ -97,7 +98,7 @@ def load_model(run: str | os.PathLike[str], class_names: Sequence[str]) -> keras
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # a damaged file can raise anything: zip, JSON, HDF5, Keras
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UsageError(
             f"{str(path)!r} cannot be loaded: {reason}. Restore it, or train again"
         ) from error
