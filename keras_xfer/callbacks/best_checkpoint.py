@@ -1,12 +1,8 @@
 """BestCheckpoint: the best model of a run in one file, over stages, `fit` calls, restarts and kills."""
 
-import hashlib
-import inspect
 import json
-import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +16,9 @@ from keras_xfer.files import (
     temporaries,
     to_json,
 )
+from keras_xfer.monitor import Monitor, as_float
 from keras_xfer.stages import current_stage
+from keras_xfer.structure import structure
 
 _RECORD_FORMAT = 1
 
@@ -99,7 +97,7 @@ class BestCheckpoint(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        _check_arguments(filepath, monitor, mode, min_delta, save_weights_only)
+        _check_filepath(filepath, save_weights_only)
         self.filepath = os.fspath(filepath)
         self.monitor = monitor
         self.mode = mode
@@ -113,21 +111,15 @@ class BestCheckpoint(keras.callbacks.Callback):
         self.best_logs: dict[str, float] | None = None
         self._path = Path(self.filepath).expanduser().absolute()
         self._record_path = Path(f"{self._path}.json")
+        self._monitor = Monitor("BestCheckpoint", monitor, mode, min_delta)
         self._model_of_best: Any = None
-        self._direction: str | None = None
         self._begun = False
-        self._epochs_seen = 0
-        self._monitor_seen = False
-        self._validated = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._begun = False
-        self._epochs_seen = 0
-        self._monitor_seen = False
-        self._validated = False
         self._prepare_files()
-        self._direction = self._find_direction()
-        if self.model.built and (self._direction or not _has_unbuilt_metrics(self.model)):
+        self._monitor.begin(self.model)
+        if self.model.built and self._monitor.direction:
             self._begin()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -136,32 +128,23 @@ class BestCheckpoint(keras.callbacks.Callback):
             self._begin()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._validated = True
+        self._monitor.validated()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = logs or {}
         if not self._begun:
             self._begin()
-        self._epochs_seen += 1
-        validated, self._validated = self._validated, False
-        if self.monitor not in logs:
-            self._check_still_to_come(logs, validated)
-            return
-        self._monitor_seen = True
-        value = _as_float(logs[self.monitor])
+        value = self._monitor.value(self.model, logs)
         if value is None:
-            raise ValueError(
-                f"BestCheckpoint expects the monitored log to be one number. "
-                f"Received: {self.monitor}={logs[self.monitor]!r}. Monitor another log."
-            )
-        if not self._is_better(value):
+            return
+        if self._monitor.is_better(value, than=self.best):
+            self._save(value, epoch, logs)
+        else:
             wanted = "finite" if self.best is None else f"better than {self.best:.5g}"
             self._say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5g} is not {wanted}")
-            return
-        self._save(value, epoch, logs)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        if self._epochs_seen and not self._monitor_seen and self.best is None:
+        if self._monitor.seen is False and self.best is None:
             raise ValueError(
                 f"BestCheckpoint has saved nothing: {self.monitor!r} was not logged in any epoch. "
                 f"Received: monitor={self.monitor!r}. Lower validation_freq, pass validation_data "
@@ -210,22 +193,13 @@ class BestCheckpoint(keras.callbacks.Callback):
 
     def _begin(self) -> None:
         """Find out what needs the built model: the direction, and whether the record belongs to it."""
-        self._direction = self._direction or self._find_direction()
-        if self._direction is None:
-            raise ValueError(
-                "BestCheckpoint cannot tell whether a higher or a lower value of this metric is "
-                f"better. Received: monitor={self.monitor!r}, mode='auto'. Pass mode='max' or "
-                "mode='min'."
-            )
+        self._monitor.settle(self.model)
         same_run = self.best is not None and self._model_of_best is self.model
         self.best = self.best_epoch = self.best_logs = None
         if (self.resume or same_run) and self._path.exists():
             self._go_on()
         self._model_of_best = self.model
         self._begun = True
-
-    def _find_direction(self) -> str | None:
-        return self.mode if self.mode != "auto" else direction_of(self.monitor, self.model)
 
     def _go_on(self) -> None:
         mend = (
@@ -245,7 +219,7 @@ class BestCheckpoint(keras.callbacks.Callback):
             )
         expected = {
             "monitor": self.monitor,
-            "mode": self._direction,
+            "mode": self._monitor.direction,
             "structure": structure(self.model),
         }
         differences = [
@@ -266,17 +240,8 @@ class BestCheckpoint(keras.callbacks.Callback):
             f"of epoch {self.best_epoch + 1}"
         )
 
-    def _is_better(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        if self.best is None:
-            return True
-        if self._direction == "max":
-            return value - self.min_delta > self.best
-        return value + self.min_delta < self.best
-
     def _save(self, value: float, epoch: int, logs: dict[str, Any]) -> None:
-        numbers = {name: _as_float(log) for name, log in logs.items()}
+        numbers = {name: as_float(log) for name, log in logs.items()}
         best_logs = {name: number for name, number in numbers.items() if number is not None}
         stage = logs.get("stage", current_stage(self.model))
         with replacing_all(self._path, self._record_path) as (model_file, record_file):
@@ -287,7 +252,7 @@ class BestCheckpoint(keras.callbacks.Callback):
             record = {
                 "format": _RECORD_FORMAT,
                 "monitor": self.monitor,
-                "mode": self._direction,
+                "mode": self._monitor.direction,
                 "best": value,
                 "epoch": int(epoch),
                 "stage": None if stage is None else int(stage),
@@ -313,109 +278,9 @@ class BestCheckpoint(keras.callbacks.Callback):
             f"Restored the weights of epoch {(self.best_epoch or 0) + 1} from {self.filepath}"
         )
 
-    def _check_still_to_come(self, logs: dict[str, Any], validated: bool) -> None:
-        """Let an epoch without validation lack the monitor, and no other epoch."""
-        fit = _arguments_of_fit(self.model)
-        validation_may_come = self.monitor.startswith("val_") and not (
-            validated
-            or (fit is not None and fit["validation_data"] is None)
-            or (fit is None and any(name.startswith("val_") for name in logs))
-            or (_tests_what_it_trains(self.model) and self.monitor[len("val_") :] not in logs)
-        )
-        if validation_may_come:
-            return
-        hint = ""
-        if self.monitor.startswith("val_") and fit is not None and fit["validation_data"] is None:
-            hint = "fit was given no validation_data. "
-        raise ValueError(
-            f"BestCheckpoint expects a log that every epoch (every epoch with validation) has. "
-            f"Received: monitor={self.monitor!r}, while the logs are {sorted(logs)}. {hint}Choose "
-            "one of these, or, if another callback logs it, place that callback before this one "
-            "and let it log NaN where it computes nothing."
-        )
-
     def _say(self, message: str) -> None:
         if self.verbose > 0:
             print(f"\n{message}")  # noqa: T201 - as Keras's own callbacks do when asked to
-
-
-def direction_of(monitor: str, model: Any) -> str | None:
-    """Tell whether more is better: `"max"` or `"min"`; None where nothing tells.
-
-    The compiled metric of that name decides by its class, else the name itself.
-    """
-    name = monitor.removeprefix("val_")
-    for metric in _compiled_metrics(model):
-        if name == metric.name or name.endswith(f"_{metric.name}"):
-            if isinstance(metric, _HIGHER_IS_BETTER):
-                return "max"
-            if isinstance(metric, _LOWER_IS_BETTER):
-                return "min"
-    name = re.sub(r"_\d+$", "", name.lower())  # Keras numbers metrics of one name: auc_1
-    if re.search(rf"(^|_)({_LOWER_NAMES})$", name):
-        return "min"
-    if re.search(rf"(^|_)({_HIGHER_NAMES})$", name):
-        return "max"
-    return None
-
-
-def structure(model: Any) -> dict[str, Any]:
-    """Sum up what makes two models the same: classes of layers, and the weights in their order.
-
-    Names are left out but those of the variables: Keras numbers layers by the order in which a
-    process makes them, and a reloaded model may have other paths.
-    """
-    weights = [
-        (w.name, tuple(w.shape), keras.backend.standardize_dtype(w.dtype)) for w in model.weights
-    ]
-    layers = [type(layer).__name__ for layer in _layers(model)]
-    digest = hashlib.sha256(json.dumps([layers, weights]).encode()).hexdigest()
-    return {
-        "layers": len(layers),
-        "weights": len(weights),
-        "parameters": sum(math.prod(shape) for _, shape, _ in weights),
-        "sha256": digest,
-    }
-
-
-def _layers(model: Any) -> Iterator[Any]:
-    for layer in getattr(model, "layers", []):
-        yield layer
-        yield from _layers(layer)
-
-
-def _compiled_metrics(model: Any) -> Iterator[Any]:
-    """Yield metrics as objects of their own; Keras holds those given to `compile` in one container."""
-    for metric in model.metrics:
-        yield from getattr(metric, "metrics", [metric])
-
-
-def _has_unbuilt_metrics(model: Any) -> bool:
-    return any(not getattr(metric, "built", True) for metric in model.metrics)
-
-
-def _tests_what_it_trains(model: Any) -> bool:
-    """Tell whether both of the model's steps are Keras's, so that validation logs the same metrics."""
-    return all(
-        getattr(getattr(model, step), "__func__", None) is getattr(keras.Model, step)
-        for step in ("train_step", "test_step")
-    )
-
-
-def _arguments_of_fit(model: Any) -> dict[str, Any] | None:
-    """Find the arguments of the `fit` that is running; None where there is none.
-
-    Callbacks are told the number of epochs and steps only. Without knowing whether validation data
-    exist, a run without them would be found out when it is over.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "fit":
-            names = frame.f_locals
-            if names.get("self") is model and "validation_data" in names:
-                return dict(names)
-        frame = frame.f_back
-    return None
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
@@ -430,26 +295,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record if record["format"] == _RECORD_FORMAT else None
 
 
-def _as_float(value: Any) -> float | None:
-    """Turn one number of Python, NumPy or a backend into a float; None for all else."""
-    if isinstance(value, (int, float)):  # a backend would round it to float32
-        return float(value)
-    if isinstance(value, str):
-        return None
-    try:
-        array = keras.ops.convert_to_numpy(value)
-        return float(array.item()) if array.size == 1 else None
-    except (TypeError, ValueError):
-        return None
-
-
-def _check_arguments(
-    filepath: str | os.PathLike[str],
-    monitor: str,
-    mode: str,
-    min_delta: float,
-    save_weights_only: bool,
-) -> None:
+def _check_filepath(filepath: str | os.PathLike[str], save_weights_only: bool) -> None:
     suffix = ".weights.h5" if save_weights_only else ".keras"
     if not os.fspath(filepath).endswith(suffix):
         raise ValueError(
@@ -463,83 +309,3 @@ def _check_arguments(
             f"Received: filepath={os.fspath(filepath)!r}. The epoch and the logs of the best are in "
             "the JSON file beside it."
         )
-    if not isinstance(monitor, str) or not monitor:
-        raise ValueError(
-            "BestCheckpoint expects monitor to be the name of a log, such as 'val_accuracy'. "
-            f"Received: monitor={monitor!r}"
-        )
-    if mode not in ("auto", "min", "max"):
-        raise ValueError(
-            f"BestCheckpoint expects mode to be 'auto', 'min' or 'max'. Received: mode={mode!r}"
-        )
-    if not (math.isfinite(min_delta) and min_delta >= 0):
-        raise ValueError(
-            "BestCheckpoint expects min_delta to be a finite number >= 0, in both modes. "
-            f"Received: min_delta={min_delta!r}"
-        )
-
-
-# Keras knows the direction of its metrics in a private attribute only, so it is written down here.
-_HIGHER_IS_BETTER = tuple(
-    getattr(keras.metrics, name)
-    for name in (
-        "AUC",
-        "Accuracy",
-        "BinaryAccuracy",
-        "BinaryIoU",
-        "CategoricalAccuracy",
-        "ConcordanceCorrelation",
-        "CosineSimilarity",
-        "F1Score",
-        "FBetaScore",
-        "IoU",
-        "MeanIoU",
-        "OneHotIoU",
-        "OneHotMeanIoU",
-        "PearsonCorrelation",
-        "Precision",
-        "PrecisionAtRecall",
-        "R2Score",
-        "Recall",
-        "RecallAtPrecision",
-        "SensitivityAtSpecificity",
-        "SparseCategoricalAccuracy",
-        "SparseTopKCategoricalAccuracy",
-        "SpecificityAtSensitivity",
-        "TopKCategoricalAccuracy",
-        "TrueNegatives",
-        "TruePositives",
-    )
-)
-_LOWER_IS_BETTER = tuple(
-    getattr(keras.metrics, name)
-    for name in (
-        "BinaryCrossentropy",
-        "CategoricalCrossentropy",
-        "CategoricalHinge",
-        "FalseNegatives",
-        "FalsePositives",
-        "Hinge",
-        "KLDivergence",
-        "LogCoshError",
-        "MeanAbsoluteError",
-        "MeanAbsolutePercentageError",
-        "MeanSquaredError",
-        "MeanSquaredLogarithmicError",
-        "Poisson",
-        "RootMeanSquaredError",
-        "SparseCategoricalCrossentropy",
-        "SquaredHinge",
-    )
-)
-_HIGHER_NAMES = (
-    "acc|accuracy|auc|auroc|precision|recall|sensitivity|specificity|f1|f1_?score|fbeta_score|"
-    "f_?score|io_?u|miou|dice|dice_score|jaccard|r2|r2_score|correlation|cosine_similarity|"
-    "true_(positives|negatives)|precision_at_recall|recall_at_precision|"
-    "sensitivity_at_specificity|specificity_at_sensitivity|psnr|ssim|bleu"
-)
-_LOWER_NAMES = (
-    "loss|error|mse|mae|mape|msle|rmse|mean_(squared|absolute|absolute_percentage|"
-    "squared_logarithmic)_error|cross_?entropy|kl_divergence|kld|divergence|poisson|hinge|"
-    "log_?cosh|perplexity|nll|false_(positives|negatives)|wer|cer"
-)

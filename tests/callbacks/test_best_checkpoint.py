@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from keras_xfer.callbacks import best_checkpoint
-from keras_xfer.callbacks.best_checkpoint import BestCheckpoint, direction_of, structure
+from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.stages import set_current_stage
 
 pytestmark = pytest.mark.core
@@ -301,43 +301,6 @@ def test_a_model_without_input_is_built_in_fit(tmp_path):
         fit(unbuilt(4), BestCheckpoint(filepath, monitor="val_loss"), epochs=1)
 
 
-def nested_model():
-    inputs = keras.Input((8,))
-    inner = keras.Sequential(
-        [keras.Input((8,)), keras.layers.Dense(4), keras.layers.BatchNormalization()]
-    )
-    joined = keras.layers.Concatenate()([keras.layers.Dense(4)(inputs), inner(inputs)])
-    return keras.Model(inputs, keras.layers.Dense(2)(joined))
-
-
-def test_structure_is_the_same_wherever_the_same_model_is_made(tmp_path):
-    model = nested_model()
-    expected = structure(model)
-    assert structure(nested_model()) == expected  # other layer numbers
-    model.save(tmp_path / "model.keras")
-    assert structure(keras.models.load_model(tmp_path / "model.keras")) == expected
-    model.trainable = False  # a stage is not another model
-    assert structure(model) == expected
-    model.layers[1].trainable = True
-    assert structure(model) == expected
-    assert expected["parameters"] == model.count_params()
-
-
-def test_structure_tells_models_apart():
-    layers = keras.layers
-    models = [
-        [layers.Dense(2), layers.Dense(3)],
-        [layers.Dense(3), layers.Dense(2)],
-        [layers.Dense(2), layers.Dropout(0.5), layers.Dense(3)],
-        [layers.Dense(2), layers.Dense(3, use_bias=False)],
-        [layers.Dense(2), layers.Dense(3, dtype="float16")],
-    ]
-    fingerprints = {
-        structure(keras.Sequential([keras.Input((3,)), *model]))["sha256"] for model in models
-    }
-    assert len(fingerprints) == len(models)
-
-
 # Restoring
 
 
@@ -394,66 +357,6 @@ def test_training_goes_on_after_restoring(tmp_path):
 
 
 # Directions
-
-
-def test_direction_of_every_metric_of_keras_is_the_one_that_keras_knows():
-    model = make_model()
-    known = {
-        "min": best_checkpoint._LOWER_IS_BETTER,
-        "max": best_checkpoint._HIGHER_IS_BETTER,
-    }
-    special = {
-        "FBetaScore": {},
-        "IoU": {"num_classes": 2, "target_class_ids": [0]},
-        "OneHotIoU": {"num_classes": 2, "target_class_ids": [0]},
-        "MeanIoU": {"num_classes": 2},
-        "OneHotMeanIoU": {"num_classes": 2},
-        "PrecisionAtRecall": {"recall": 0.5},
-        "RecallAtPrecision": {"precision": 0.5},
-        "SensitivityAtSpecificity": {"specificity": 0.5},
-        "SpecificityAtSensitivity": {"sensitivity": 0.5},
-    }
-    checked = 0
-    for name in dir(keras.metrics):
-        cls = getattr(keras.metrics, name)
-        if name in ("Metric", "Mean", "Sum", "MeanMetricWrapper") or not isinstance(cls, type):
-            continue
-        direction = {"up": "max", "down": "min"}.get(
-            getattr(cls(**special.get(name, {})), "_direction", None)
-        )
-        if direction:
-            assert issubclass(cls, known[direction]), name
-        assert any(issubclass(cls, classes) for classes in known.values()), name
-        assert (
-            direction_of(f"val_{cls(**special.get(name, {})).name}", model) == direction
-            or not direction
-        )
-        checked += 1
-    assert checked > 35
-
-
-@pytest.mark.parametrize(
-    ("monitor", "direction"),
-    [
-        ("val_loss", "min"),
-        ("loss", "min"),
-        ("val_head_loss", "min"),
-        ("val_accuracy", "max"),
-        ("acc", "max"),
-        ("val_auc_1", "max"),
-        ("val_head_sparse_categorical_accuracy", "max"),
-        ("val_f1_score", "max"),
-        ("precision_2", "max"),
-        ("val_mean_absolute_error", "min"),
-        ("val_rmse", "min"),
-        ("val_false_positives", "min"),
-        ("val_quality", None),
-        ("val_accuracy_of_x", None),
-        ("val_glossy", None),
-    ],
-)
-def test_direction_by_name(monitor, direction):
-    assert direction_of(monitor, make_model()) == direction
 
 
 def test_direction_by_the_compiled_metric(tmp_path):
