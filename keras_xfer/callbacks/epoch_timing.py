@@ -174,6 +174,14 @@ class EpochTiming(keras.callbacks.Callback):
         columns = ["stage", "epochs", *_TIMINGS, "slowdown"]
         return pandas.DataFrame(stages, columns=columns).astype({"stage": "Int64"})
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a new process needs to go on: the rows of the epochs so far."""
+        return {"rows": [dict(row) for row in self.rows]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the `state_dict` of an interrupted run."""
+        self.rows = [dict(row) for row in state["rows"]]
+
     def get_config(self) -> dict[str, Any]:
         return {"warmup_steps": self.warmup_steps}
 

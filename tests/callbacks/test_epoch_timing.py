@@ -424,6 +424,42 @@ def test_rows_go_on_over_two_fits_of_a_deep_copy(clock):
     assert copy.deepcopy(timing).rows == timing.rows
 
 
+def test_a_new_process_goes_on_from_the_state(clock):
+    clock = clock([1.0, 2.0, 3.0], validation=1.5)
+    data = make_data(24)
+
+    def train(timing, first, last, callbacks=()):
+        make_model().fit(
+            *data,
+            validation_data=data,
+            batch_size=8,
+            initial_epoch=first,
+            epochs=last,
+            verbose=0,
+            callbacks=[clock, timing, *callbacks],
+        )
+
+    whole, killed, resumed = EpochTiming(), EpochTiming(), EpochTiming()
+    train(whole, 0, 4)
+    train(killed, 0, 2)
+    state = json.loads(json.dumps(killed.state_dict()))
+    load = keras.callbacks.LambdaCallback(on_train_begin=lambda _: resumed.load_state_dict(state))
+    train(resumed, 2, 4, [load])
+    assert [row["epoch"] for row in resumed.rows] == [0, 1, 2, 3]
+    assert resumed.rows == whole.rows
+    assert len(resumed.table()) == 4
+    assert len(state["rows"]) == len(killed.rows) == 2  # neither has grown with the other
+
+
+def test_a_state_with_what_cannot_be_known():
+    timing = EpochTiming(warmup_steps=9)
+    make_model().fit(*make_data(8), verbose=0, callbacks=[timing])
+    again = EpochTiming()
+    again.load_state_dict(json.loads(json.dumps(timing.state_dict())))
+    assert math.isnan(again.rows[0]["samples_per_second"])
+    assert again.rows[0]["epoch_seconds"] == timing.rows[0]["epoch_seconds"] > 0
+
+
 def test_driven_by_hand(clock):
     clock = clock([])
     timing = EpochTiming()
