@@ -38,6 +38,9 @@ class BestCheckpoint(keras.callbacks.Callback):
     either is replaced; a process that is killed between the two replacements is made good at the
     next start.
 
+    A run that goes on from a backup of its whole state, `state_dict` among it, needs no `resume`:
+    the file must then be the one that this run wrote, up to one epoch after the backup.
+
     Only finite values can be best. Of equal values the earlier one stays.
 
     Args:
@@ -63,7 +66,8 @@ class BestCheckpoint(keras.callbacks.Callback):
 
     Raises:
         ValueError: an argument is wrong; `monitor` is not among the logs; its direction cannot be
-            told; with `resume=True`, what is at `filepath` belongs to something else.
+            told; with `resume=True`, what is at `filepath` belongs to something else; with a loaded
+            state, what is there is gone or not of that run.
         OSError: `filepath` cannot be written (at the start of `fit`, before any training), or a
             save has failed. The files and `best` are then those of the last save that succeeded.
 
@@ -114,6 +118,8 @@ class BestCheckpoint(keras.callbacks.Callback):
         self._monitor = Monitor("BestCheckpoint", monitor, mode, min_delta)
         self._model_of_best: Any = None
         self._begun = False
+        self._loaded = False
+        self._ahead: dict[str, Any] | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._begun = False
@@ -142,6 +148,9 @@ class BestCheckpoint(keras.callbacks.Callback):
         else:
             wanted = "finite" if self.best is None else f"better than {self.best:.5g}"
             self._say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5g} is not {wanted}")
+            if self._ahead and epoch >= self._ahead["epoch"]:
+                # Run again, this epoch came out worse: what its first run saved is still the best.
+                self._take(self._ahead)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._monitor.seen is False and self.best is None:
@@ -153,6 +162,26 @@ class BestCheckpoint(keras.callbacks.Callback):
             )
         if self.restore_best_weights and self.best is not None:
             self._restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a new process needs to go on as if the old one had never died."""
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_logs": None if self.best_logs is None else dict(self.best_logs),
+            "seen": self._monitor.seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the `state_dict` of an interrupted run, with the file that it wrote."""
+        best, epoch, logs = state["best"], state["best_epoch"], state["best_logs"]
+        self.best = None if best is None else float(best)
+        self.best_epoch = None if epoch is None else int(epoch)
+        self.best_logs = None if logs is None else {name: float(logs[name]) for name in logs}
+        self._monitor.seen = state["seen"]
+        self._loaded = True
+        if self._begun:
+            self._begin()
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -194,51 +223,90 @@ class BestCheckpoint(keras.callbacks.Callback):
     def _begin(self) -> None:
         """Find out what needs the built model: the direction, and whether the record belongs to it."""
         self._monitor.settle(self.model)
-        same_run = self.best is not None and self._model_of_best is self.model
-        self.best = self.best_epoch = self.best_logs = None
-        if (self.resume or same_run) and self._path.exists():
-            self._go_on()
+        self._ahead = None
+        loaded, self._loaded = self._loaded, False
+        if loaded:
+            self._check_loaded()
+        else:
+            same_run = self.best is not None and self._model_of_best is self.model
+            self.best = self.best_epoch = self.best_logs = None
+            if (self.resume or same_run) and self._path.exists():
+                self._go_on()
         self._model_of_best = self.model
         self._begun = True
 
     def _go_on(self) -> None:
-        mend = (
+        record = self._record_of_this_run(
+            "BestCheckpoint(resume=True)",
             "Choose another filepath, pass resume=False to replace it by the best of this run, "
-            f"or delete it. Received: filepath={self.filepath}"
+            f"or delete it. Received: filepath={self.filepath}",
         )
+        self._take(record)
+        self._say(
+            f"BestCheckpoint goes on from {self.filepath}: {self.monitor} = {self.best:.5g} "
+            f"of epoch {record['epoch'] + 1}"
+        )
+
+    def _check_loaded(self) -> None:
+        """Check that the files are those of the state that was loaded, or of the epoch after it."""
+        if self.best is None or self.best_epoch is None:
+            return
+        state = f"{self.monitor} = {self.best:.5g} of epoch {self.best_epoch + 1}"
+        mend = (
+            f"Put back this file and {self._record_path.name} as that run wrote them, or begin "
+            f"afresh, without its backup. Received: filepath={self.filepath}"
+        )
+        if not self._path.exists():
+            raise ValueError(
+                "BestCheckpoint cannot go on with the interrupted run: its best model "
+                f"({state}) is gone. {mend}"
+            )
+        record = self._record_of_this_run("BestCheckpoint, going on with an interrupted run,", mend)
+        found = float(record["best"])
+        if (found, int(record["epoch"])) == (self.best, self.best_epoch):
+            return
+        if not self._monitor.is_better(found, than=self.best):
+            raise ValueError(
+                "BestCheckpoint cannot go on with the interrupted run: its best model "
+                f"({state}) has been replaced by one of {self.monitor} = {found:.5g}. {mend}"
+            )
+        # The run was killed after this save and before its state was saved: that epoch comes again.
+        self._ahead = record
+
+    def _record_of_this_run(self, who: str, mend: str) -> dict[str, Any]:
+        """Read the record of the model at `filepath`; raise if either is not of this run."""
         record = _read_record(self._record_path)
         if record is None:
             raise ValueError(
-                f"BestCheckpoint(resume=True) found a model without its record: "
-                f"{self._record_path.name} is missing or is not a record of BestCheckpoint. {mend}"
+                f"{who} found a model without its record: {self._record_path.name} is missing or "
+                f"is not a record of BestCheckpoint. {mend}"
             )
         if record["sha256"] != sha256(self._path):
             raise ValueError(
-                f"BestCheckpoint(resume=True) found a model that is not the one described in "
-                f"{self._record_path.name}: something else has written it since. {mend}"
+                f"{who} found a model that is not the one described in {self._record_path.name}: "
+                f"something else has written it since. {mend}"
             )
         expected = {
             "monitor": self.monitor,
             "mode": self._monitor.direction,
             "structure": structure(self.model),
         }
-        differences = [
+        different = [
             f"{name} was {record[name]!r} and is {value!r}"
             for name, value in expected.items()
             if record[name] != value
         ]
-        if differences:
+        if different:
             raise ValueError(
-                "BestCheckpoint(resume=True) found the model of another run: "
-                f"{'; '.join(differences)}. {mend}"
+                f"{who} found the model of another run: {'; '.join(different)}. {mend}"
             )
+        return record
+
+    def _take(self, record: dict[str, Any]) -> None:
         self.best = float(record["best"])
         self.best_epoch = int(record["epoch"])
         self.best_logs = {name: float(value) for name, value in record["logs"].items()}
-        self._say(
-            f"BestCheckpoint goes on from {self.filepath}: {self.monitor} = {self.best:.5g} "
-            f"of epoch {self.best_epoch + 1}"
-        )
+        self._ahead = None
 
     def _save(self, value: float, epoch: int, logs: dict[str, Any]) -> None:
         numbers = {name: as_float(log) for name, log in logs.items()}
@@ -262,7 +330,7 @@ class BestCheckpoint(keras.callbacks.Callback):
             }
             record_file.write_text(to_json(record), encoding="utf-8")
         before = "" if self.best is None else f", better than {self.best:.5g}"
-        self.best, self.best_epoch, self.best_logs = value, int(epoch), best_logs
+        self._take(record)
         self._say(f"Epoch {epoch + 1}: {self.monitor} = {value:.5g}{before}; saved {self.filepath}")
 
     def _restore(self) -> None:

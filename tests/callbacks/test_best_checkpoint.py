@@ -301,6 +301,210 @@ def test_a_model_without_input_is_built_in_fit(tmp_path):
         fit(unbuilt(4), BestCheckpoint(filepath, monitor="val_loss"), epochs=1)
 
 
+# Going on from a state
+
+
+def state_of(callback):
+    return json.loads(json.dumps(callback.state_dict()))
+
+
+def go_on(callback, model, state, *values, first_epoch, end=True):
+    """As `drive`, in a process that loads the state of one that was killed."""
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.load_state_dict(state)
+    for epoch, value in enumerate(values, start=first_epoch):
+        model.set_weights([np.full_like(weight, epoch) for weight in model.get_weights()])
+        callback.on_epoch_end(epoch, {"val_accuracy": value, "loss": 1.0})
+    if end:
+        callback.on_train_end()
+
+
+def outcome(callback, filepath):
+    """All that a run leaves, but for the digest of a file that holds the time of its writing."""
+    record = read_json(filepath) if Path(f"{filepath}.json").exists() else {"sha256": None}
+    if record.pop("sha256"):
+        record["weights of epoch"] = saved_epoch(filepath)
+    return callback.state_dict(), callback.best, callback.best_epoch, record
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, 0.7, 0.6, 0.8],
+        [0.5, 0.7, 0.6, 0.65],
+        [0.9, 0.1, 0.2, 0.3],
+        [math.nan, math.nan, 0.2, 0.1],
+        [0.5, math.nan, math.nan, math.nan],
+        [math.nan] * 4,
+    ],
+)
+@pytest.mark.parametrize("saved_too_much", [False, True])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, resume, values, saved_too_much):
+    whole = BestCheckpoint(tmp_path / "whole.keras", resume=resume)
+    drive(whole, make_model(), *values)
+
+    filepath = tmp_path / "best.keras"
+    killed = BestCheckpoint(filepath, resume=resume)
+    killed.set_model(make_model())
+    go_on_from = {}
+    killed.on_train_begin()
+    for epoch, value in enumerate(values[: 3 if saved_too_much else 2]):
+        killed.model.set_weights([np.full_like(w, epoch) for w in killed.model.get_weights()])
+        killed.on_epoch_end(epoch, {"val_accuracy": value, "loss": 1.0})
+        if epoch < 2:  # killed before the state of the third epoch was saved
+            go_on_from = state_of(killed)
+
+    resumed = BestCheckpoint(filepath, resume=resume)
+    go_on(resumed, make_model(), go_on_from, *values[2:], first_epoch=2)
+    assert outcome(resumed, filepath) == outcome(whole, tmp_path / "whole.keras")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(("mode", "values"), [("max", [0.5, 0.6, 0.8]), ("min", [0.8, 0.6, 0.5])])
+def test_an_epoch_that_runs_again_is_saved_again(tmp_path, resume, mode, values, capsys):
+    filepath = tmp_path / "best.keras"
+    killed = BestCheckpoint(filepath, mode=mode, resume=resume)
+    drive(killed, make_model(), *values[:2])
+    state = state_of(killed)
+    drive(killed, killed.model, values[2], first_epoch=2)
+    resumed = BestCheckpoint(filepath, mode=mode, resume=resume, verbose=1)
+    go_on(resumed, make_model(), state, first_epoch=2, end=False)
+    assert (resumed.best, resumed.best_epoch) == (values[1], 1)
+    resumed.on_epoch_end(2, {"val_accuracy": values[2]})
+    said = f"Epoch 3: val_accuracy = {values[2]}, better than {values[1]}; saved"
+    assert said in capsys.readouterr().out
+    assert (resumed.best, resumed.best_epoch) == (values[2], 2)
+    assert read_json(filepath)["logs"] == {"val_accuracy": values[2]}  # not those of the first run
+
+
+@pytest.mark.parametrize("value", [0.55, math.nan])
+def test_an_epoch_that_comes_out_worse_when_it_runs_again(tmp_path, value):
+    filepath = tmp_path / "best.keras"  # as it may on a GPU
+    killed = BestCheckpoint(filepath)
+    drive(killed, make_model(), 0.5, 0.6)
+    state = state_of(killed)
+    drive(killed, killed.model, 0.8, first_epoch=2)
+    resumed = BestCheckpoint(filepath, restore_best_weights=True)
+    go_on(resumed, make_model(), state, value, 0.7, first_epoch=2)
+    assert (resumed.best, resumed.best_epoch, saved_epoch(filepath)) == (0.8, 2, 2)
+    assert resumed.best_logs == {"val_accuracy": 0.8, "loss": 1.0}
+    assert resumed.model.get_weights()[0].flat[0] == 2
+
+
+def test_what_another_run_left_is_replaced_also_after_an_interruption(tmp_path):
+    filepath = tmp_path / "best.keras"
+    drive(BestCheckpoint(filepath), make_model(), 0.95)
+    killed = BestCheckpoint(filepath, resume=False)
+    drive(killed, make_model(), math.nan)
+    resumed = BestCheckpoint(filepath, resume=False)
+    go_on(resumed, make_model(), state_of(killed), 0.5, first_epoch=1)
+    assert (resumed.best, saved_epoch(filepath)) == (0.5, 1)
+
+
+def worse(filepath):
+    drive(BestCheckpoint(filepath, resume=False), make_model(), 0.3)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: path.unlink(), r"val_accuracy = 0.7 of epoch 2\) is gone"),
+        (worse, r"val_accuracy = 0.7 of epoch 2\) has been replaced by .*val_accuracy = 0.3"),
+        (lambda path: Path(f"{path}.json").unlink(), "without its record"),
+        (lambda path: make_model().save(path), "something else has written it"),
+    ],
+)
+def test_a_state_without_its_file_is_refused(tmp_path, resume, damage, named):
+    filepath = tmp_path / "best.keras"
+    killed = BestCheckpoint(filepath)
+    drive(killed, make_model(), 0.5, 0.7)
+    damage(filepath)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"{named}.*Received: filepath=.*best\.keras") as error:
+        go_on(
+            BestCheckpoint(filepath, resume=resume), make_model(), state_of(killed), first_epoch=2
+        )
+    assert resume or "begin afresh, without its backup" in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_refused_state_is_not_remembered(tmp_path):
+    filepath = tmp_path / "best.keras"
+    killed = BestCheckpoint(filepath)
+    drive(killed, make_model(), 0.7)
+    filepath.unlink()
+    again = BestCheckpoint(filepath)
+    with pytest.raises(ValueError, match="is gone"):
+        go_on(again, make_model(), state_of(killed), first_epoch=1)
+    drive(again, make_model(), 0.4)
+    assert (again.best, saved_epoch(filepath)) == (0.4, 0)
+
+
+def test_a_file_within_min_delta_of_the_state_is_not_that_of_the_state(tmp_path):
+    filepath = tmp_path / "best.keras"
+    killed = BestCheckpoint(filepath, min_delta=0.1)
+    drive(killed, make_model(), 0.7)
+    drive(BestCheckpoint(filepath, resume=False), make_model(), 0.75)
+    resumed = BestCheckpoint(filepath, min_delta=0.1)
+    with pytest.raises(ValueError, match="has been replaced"):
+        go_on(resumed, make_model(), state_of(killed), first_epoch=1)
+
+
+@pytest.mark.parametrize("load_before_fit", [False, True])
+def test_a_state_in_a_fit_of_a_model_that_is_built_there(tmp_path, load_before_fit):
+    def train(best, *callbacks, **arguments):
+        model = keras.Sequential([keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        scores = Scores([0.9, 0.5, 0.6, 0.7])
+        fit(model, scores, best, *callbacks, **arguments)
+
+    filepath = tmp_path / "best.keras"
+    arguments = {"filepath": filepath, "monitor": "score", "mode": "max", "resume": False}
+    killed, resumed = BestCheckpoint(**arguments), BestCheckpoint(**arguments)
+    train(killed)
+    state = state_of(killed)
+    before = filepath.read_bytes()
+    if load_before_fit:
+        resumed.load_state_dict(state)
+        train(resumed, initial_epoch=2, epochs=4)
+    else:
+        load = keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: resumed.load_state_dict(state)
+        )
+        train(resumed, load, initial_epoch=2, epochs=4)
+    assert (resumed.best, resumed.best_epoch) == (0.9, 0)
+    assert resumed.best_logs == killed.best_logs
+    assert filepath.read_bytes() == before
+
+
+def test_whether_the_monitor_was_ever_logged_is_part_of_the_state(tmp_path):
+    def killed_after(logs):
+        callback = BestCheckpoint(tmp_path / "best.keras")
+        model = make_model(metrics=["accuracy"])
+        callback.set_model(model)
+        callback.on_train_begin()
+        callback.on_epoch_end(0, logs)
+        return state_of(callback)
+
+    without = killed_after({"loss": 1.0, "accuracy": 0.5})
+    with pytest.raises(ValueError, match="saved nothing"):
+        go_on(BestCheckpoint(tmp_path / "best.keras"), make_model(), without, first_epoch=1)
+    diverged = killed_after({"loss": math.nan, "val_accuracy": math.nan})
+    go_on(BestCheckpoint(tmp_path / "best.keras"), make_model(), diverged, first_epoch=1)
+
+
+def test_the_best_weights_are_restored_after_an_interruption(tmp_path):
+    filepath = tmp_path / "best.keras"
+    killed = BestCheckpoint(filepath)
+    drive(killed, make_model(), 0.5, 0.7)
+    resumed = BestCheckpoint(filepath, resume=False, restore_best_weights=True)
+    go_on(resumed, make_model(), state_of(killed), 0.6, first_epoch=2)
+    assert resumed.model.get_weights()[0].flat[0] == 1
+
+
 # Restoring
 
 
