@@ -145,6 +145,12 @@ def parameters(layers: Iterable[keras.Layer], *, trainable_only: bool = False) -
     )
 
 
+def lowest_trainable(model: keras.Layer) -> Any:
+    """The first weight that trains, in the order of `units(model)`."""
+    weights = (weight for unit in units(model) for weight in unit.weights)
+    return next(weight for weight in weights if weight.trainable)
+
+
 def find_backbone(model: keras.Layer, backbone: "Thawable | str | None" = None) -> Thawable:
     """The backbone inside `model`: by name, or the only one there is.
 
@@ -201,10 +207,11 @@ def thaw(model: keras.Layer, position: int = 0) -> None:
             set_trainable(layer, False)
 
 
-def thawed(model: keras.Layer) -> dict[str, list[str]]:
-    """Which layers of `model` are trainable, by paths that hold in another process, and which of
-    their weights are not what their layer is (gamma alone, say)."""
-    layers = dict(_paths(model))
+def thawed(model: keras.Layer, *, by_place: bool = False) -> dict[str, list[str]]:
+    """Which layers of `model` are trainable, and which of their weights are not what their layer is
+    (gamma alone, say): by paths that hold for a copy of the model in another process, or, with
+    `by_place`, for a model that the same code makes again, whatever its layers' names."""
+    layers = dict(_paths(model, by_place=by_place))
     return {
         "layers": [path for path, layer in layers.items() if layer.trainable],
         "weights": [
@@ -216,24 +223,29 @@ def thawed(model: keras.Layer) -> dict[str, list[str]]:
     }
 
 
-def restore_thawed(model: keras.Layer, state: dict[str, list[str]]) -> None:
+def restore_thawed(
+    model: keras.Layer, state: dict[str, list[str]], *, by_place: bool = False
+) -> None:
     """Set the flags inside `model` to what `thawed` said."""
-    for path, layer in _paths(model):  # a layer comes before those inside it
+    for path, layer in _paths(model, by_place=by_place):  # a layer comes before those inside it
         set_trainable(layer, path in state["layers"])
-    for path, layer in _paths(model):
+    for path, layer in _paths(model, by_place=by_place):
         for i, weight in enumerate(_own_trainable(layer)):
             if f"{path}:{i}" in state["weights"]:
                 weight.trainable = not layer.trainable
 
 
-def _paths(layer: keras.Layer, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
+def _paths(
+    layer: keras.Layer, path: str = "", *, by_place: bool = False
+) -> Iterator[tuple[str, keras.Layer]]:
     """Every layer with its path: names in a graph, where order may change on reloading, and
     places in other layers, whose sublayers are named afresh in each process."""
     yield path, layer
-    by_name = graph_of(layer) is not None
+    by_name = not by_place and graph_of(layer) is not None
     # See `walk` for why `_flatten_layers`.
     for i, inner in enumerate(layer._flatten_layers(include_self=False, recursive=False)):
-        yield from _paths(inner, f"{path}/{inner.name if by_name else i}")
+        place = f"{path}/{inner.name if by_name else i}"
+        yield from _paths(inner, place, by_place=by_place)
 
 
 def _own_trainable(layer: keras.Layer) -> list[Any]:
@@ -396,16 +408,17 @@ class BatchNormGuard:
             if layer.trainable or any(weight.trainable for weight in _own_trainable(layer)):
                 set_trainable(layer, False)
 
-    def state(self, layers: Iterable[keras.Layer]) -> str:
-        """What the BatchNormalization inside `layers` does now: `"frozen"`, `"affine"`,
-        `"train"`, several of these joined by a comma, or `"-"` where there is none."""
-        states = set()
-        for layer in {id(inner): inner for unit in layers for inner in walk(unit)}.values():
-            if isinstance(layer, keras.layers.BatchNormalization):
-                affine = any(weight.trainable for weight in _own_trainable(layer))
-                moves = layer.trainable and self.policy == "train"
-                states.add("train" if moves else "affine" if affine else "frozen")
-        return ", ".join(sorted(states)) or "-"
+
+def batch_norm_state(layers: Iterable[keras.Layer], policy: BatchNormPolicy) -> str:
+    """What the BatchNormalization inside `layers` does under `policy`: `"frozen"`, `"affine"`,
+    `"train"`, several of these joined by a comma, or `"-"` where there is none."""
+    states = set()
+    for layer in {id(inner): inner for unit in layers for inner in walk(unit)}.values():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            affine = any(weight.trainable for weight in _own_trainable(layer))
+            moves = layer.trainable and policy == "train"
+            states.add("train" if moves else "affine" if affine else "frozen")
+    return ", ".join(sorted(states)) or "-"
 
 
 # --- Calling a partly frozen model -----------------------------------------------------------

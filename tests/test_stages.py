@@ -16,7 +16,7 @@ def backbone():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"epochs": 0}, ValueError, "at least one epoch"),
+        ({"epochs": 0}, ValueError, "at least 1"),
         ({"epochs": 1.5}, TypeError, "epochs"),
         ({"epochs": True}, TypeError, "epochs"),
         ({"learning_rate": 0.0}, ValueError, "positive"),

@@ -316,7 +316,7 @@ class Backbone(keras.layers.Layer):
                     len(layers),
                     freezing.parameters(layers),
                     freezing.parameters(layers, trainable_only=True),
-                    self._batch_norm_guard.state(layers),
+                    freezing.batch_norm_state(layers, self.batch_norm),
                 )
                 for name, layers in parts
             ],

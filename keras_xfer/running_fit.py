@@ -1,0 +1,54 @@
+"""What a callback may ask of the `fit` that runs it, beyond the number of epochs and steps.
+
+Keras tells callbacks no more than that (https://keras.io/guides/writing_your_own_callbacks/), so
+the names inside `fit` are read from its frame. Tried on Keras 3.15.1.
+"""
+
+import inspect
+from typing import Any
+
+import keras
+
+
+def locals_of_fit(model: keras.Model) -> dict[str, Any]:
+    """The names inside the `fit` of `model` that is running, `validation_data` among them; empty
+    where the callbacks are driven by hand."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "fit":
+            names = frame.f_locals
+            if names.get("self") is model and "validation_data" in names:
+                return dict(names)
+        frame = frame.f_back
+    return {}
+
+
+def callbacks_of_fit(model: keras.Model) -> list[keras.callbacks.Callback]:
+    """The callbacks of the `fit` that is running, the very list that it goes through; an empty one
+    where they are driven by hand."""
+    callbacks = locals_of_fit(model).get("callbacks")
+    return callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else []
+
+
+def stand_before(callback: keras.callbacks.Callback, kinds: tuple[type, ...]) -> None:
+    """From `on_train_begin`: let `callback` run before all of `kinds` in this `fit`, wherever it
+    was in the list."""
+    callbacks = callbacks_of_fit(callback.model)
+    first = next((i for i, each in enumerate(callbacks) if isinstance(each, kinds)), None)
+    if callback in callbacks and first is not None and first < callbacks.index(callback):
+        # The loop that runs is at `callback`: those it has passed change places, the others stay.
+        callbacks.remove(callback)
+        callbacks.insert(first, callback)
+
+
+def stands_last(callback: keras.callbacks.Callback) -> bool:
+    """From `on_train_begin`: whether `callback` is the last of this `fit`. If not it becomes so, and
+    its `on_train_begin` is called again when all others have had theirs."""
+    callbacks = callbacks_of_fit(callback.model)
+    if callback not in callbacks or callbacks[-1] is callback:
+        return True
+    callbacks[callbacks.index(callback)] = (
+        keras.callbacks.Callback()
+    )  # the others keep their places
+    callbacks.append(callback)
+    return False
