@@ -2,7 +2,7 @@ import keras
 import pytest
 
 from keras_xfer import Backbone, Stage
-from keras_xfer.stages import current_stage, resolve, set_current_stage, stage_at
+from keras_xfer.stages.planning import current_stage, resolve, set_current_stage, stage_at
 
 pytestmark = pytest.mark.core
 

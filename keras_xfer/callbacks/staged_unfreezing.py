@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 import keras
 
-from keras_xfer import freezing, stages
+from keras_xfer import freezing
 from keras_xfer.freezing import Thawable, find_backbone, parameters
 from keras_xfer.monitor import Monitor
 from keras_xfer.retarget import capture, restore, retarget
@@ -15,7 +15,7 @@ from keras_xfer.retarget.carrying import learning_rate_of, steps_of, uses_ema
 from keras_xfer.retarget.grouped_optimizer import number
 from keras_xfer.retarget.trainer import build_for_fit
 from keras_xfer.running_fit import callbacks_of_fit, stand_before
-from keras_xfer.stages import PlannedStage, Stage, check
+from keras_xfer.stages import Stage, planning
 from keras_xfer.tables import Table
 
 # They read the logs or the rate that a stage sets, so they come after it whatever the list says.
@@ -111,7 +111,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        check(stages)
+        planning.check(stages)
         self.stages: tuple[Stage, ...] | None = tuple(stages)
         # A name, not the layer: callbacks are deep-copied (KerasTuner, for each trial).
         self.backbone = backbone if backbone is None or isinstance(backbone, str) else backbone.name
@@ -122,7 +122,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self.verbose = verbose
         self._gradual: dict[str, Any] | None = None
         self._monitor = Monitor("StagedUnfreezing", monitor, mode, min_delta)
-        self._planned: tuple[PlannedStage, ...] = ()
+        self._planned: tuple[planning.PlannedStage, ...] = ()
         self._progress: _Progress | None = None
         self._in_force = False  # whether this `fit` has begun its stage
         self._model_seen: Callable[[], Any] = _nothing
@@ -191,7 +191,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         }
         # A stage that is never run: it says now what would be wrong with each.
         made = cls([Stage(epochs=epochs_per_stage, **stage)], backbone=backbone, **kwargs)
-        stages.check_gradual(learning_rate, blocks_per_stage, num_stages)
+        planning.check_gradual(learning_rate, blocks_per_stage, num_stages)
         made.stages = None
         made._gradual = {
             "blocks_per_stage": blocks_per_stage,
@@ -215,7 +215,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         """
         if self._gradual is None:
             return list(self.stages or ())
-        return stages.gradual(find_backbone(model, self.backbone), **self._gradual)
+        return planning.gradual(find_backbone(model, self.backbone), **self._gradual)
 
     def plan(self, model: keras.Model) -> Table:
         """The dry run: what each stage trains in `model`, at which rate, for how long.
@@ -243,7 +243,9 @@ class StagedUnfreezing(keras.callbacks.Callback):
         2      from 3  all       1 of 1  1 of 1          19         19  -           0.0001
         """
         backbone = find_backbone(model, self.backbone)
-        return stages.plan_table(stages.resolve(self.stages_for(model), backbone), model, backbone)
+        return planning.plan_table(
+            planning.resolve(self.stages_for(model), backbone), model, backbone
+        )
 
     # --- The hooks ---------------------------------------------------------------------------
 
@@ -252,7 +254,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         build_for_fit(self.model)
         stand_before(self, _AFTER)
         backbone = find_backbone(self.model, self.backbone)
-        self._planned = stages.resolve(self.stages_for(self.model), backbone)
+        self._planned = planning.resolve(self.stages_for(self.model), backbone)
         if self._needs_monitor():
             self._monitor.begin(self.model)
         if self._model_seen() is not self.model:
@@ -299,7 +301,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
             self._go_back(self._progress.next_epoch - 1)
             if uses_ema(self.model.optimizer):  # `fit` has put the averages in before this
                 self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
-        stages.set_current_stage(self.model, None)
+        planning.set_current_stage(self.model, None)
 
     # --- Resuming ----------------------------------------------------------------------------
 
@@ -365,7 +367,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
 
     def _begin_at(self, epoch: int) -> None:
         """Begin in the stage that `epoch` belongs to if none ends early."""
-        planned = stages.stage_at(self._planned, epoch)
+        planned = planning.stage_at(self._planned, epoch)
         if planned.end_epoch is not None and epoch >= planned.end_epoch:
             raise ValueError(
                 f"Expected an epoch of the schedule, which has {planned.end_epoch}. Received: "
@@ -409,16 +411,18 @@ class StagedUnfreezing(keras.callbacks.Callback):
         backbone = find_backbone(self.model, self.backbone)
         groups = None
         if not keep_rates:
-            groups = stages.group_rates(
+            groups = planning.group_rates(
                 planned.stage, self.model, backbone, steps_per_epoch=self._steps_per_epoch
             )
         before = epochs_before * (self._steps_per_epoch or 0)
-        rates = groups and [(each.variables, each.rate.beginning_at(-before)) for each in groups]
+        rates = None
+        if groups is not None:
+            rates = [(each.variables, each.rate.beginning_at(-before)) for each in groups]
         retarget(
-            self.model, lambda: stages.begin_stage(planned.stage, backbone), learning_rate=rates
+            self.model, lambda: planning.begin_stage(planned.stage, backbone), learning_rate=rates
         )
         self._optimizer_seen = weakref.ref(self.model.optimizer)
-        stages.set_current_stage(self.model, planned.index)
+        planning.set_current_stage(self.model, planned.index)
         if self.verbose:
             unfreeze = planned.stage.unfreeze
             what = "the head" if unfreeze is None else f"unfreeze={unfreeze!r}"
@@ -453,7 +457,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
                 f"{self.monitor} = {self._best:.5g}"
             )
 
-    def _add_logs(self, logs: dict[str, Any], planned: PlannedStage) -> None:
+    def _add_logs(self, logs: dict[str, Any], planned: planning.PlannedStage) -> None:
         optimizer = self.model.optimizer
         logs["stage"] = planned.index
         logs["trainable_params"] = parameters([self.model], trainable_only=True)

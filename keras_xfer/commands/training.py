@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_xfer import applications, stages
+from keras_xfer import applications
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
 from keras_xfer.images import ImageDataset, ImageFolder, class_weights
 from keras_xfer.layers import Backbone
-from keras_xfer.stages import Stage
+from keras_xfer.stages import Stage, planning
 
 # How images get from their own size to the model's, in training and in the saved model alike.
 RESIZE = "crop"
@@ -126,20 +126,20 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     if recipe.weights is None:
         rate = recipe.learning_rate
         return [Stage("all", epochs=more_epochs, learning_rate=rate, name="from scratch")]
-    planned = []
+    stages = []
     if head_epochs:
-        planned.append(Stage(epochs=head_epochs, learning_rate=recipe.learning_rate, name="head"))
+        stages.append(Stage(epochs=head_epochs, learning_rate=recipe.learning_rate, name="head"))
     if more_epochs:
         start = recipe.unfreeze
         if start == TOP_THIRD:
             start = backbone.blocks[-max(1, round(len(backbone.blocks) / 3))].name
         rate = recipe.fine_tune_rate or recipe.learning_rate / 10
-        planned.append(Stage(start, epochs=more_epochs, learning_rate=rate, name="fine-tuning"))
+        stages.append(Stage(start, epochs=more_epochs, learning_rate=rate, name="fine-tuning"))
     try:
-        stages.resolve(planned, backbone)
+        planning.resolve(stages, backbone)
     except ValueError as error:
         raise UsageError(f"--unfreeze: {one_line(error)}") from error
-    return planned
+    return stages
 
 
 def fit(

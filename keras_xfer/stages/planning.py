@@ -9,7 +9,7 @@ import keras
 
 from keras_xfer import freezing
 from keras_xfer.retarget import StageRate
-from keras_xfer.stages.stage import PARTS, Schedule, Stage
+from keras_xfer.stages.stage import PARTS, SCHEDULE, Stage
 from keras_xfer.tables import Table
 
 
@@ -229,7 +229,7 @@ def group_rates(
         return StageRate(base, scale=scale, warmup_steps=warmup_steps)
 
     is_split = isinstance(rates, Mapping)
-    of: Mapping[str, Any] = rates if is_split else dict.fromkeys(PARTS, rates)
+    of: Any = rates if is_split else dict.fromkeys(PARTS, rates)
     if not is_split and stage.layer_decay == 1:
         return [RateGroup("all", list(model.weights), rate(rates))]
     inside = {id(weight) for weight in backbone.model.weights}
@@ -324,7 +324,7 @@ def _rates_in_words(
 
 
 def _rate_in_words(rate: StageRate) -> str:
-    if isinstance(rate.learning_rate, Schedule):
+    if isinstance(rate.learning_rate, SCHEDULE):
         scale = "" if rate.scale == 1 else f" x {rate.scale:.3g}"
         return f"{type(rate.learning_rate).__name__}{scale}"
     return f"{rate.learning_rate * rate.scale:.3g}"

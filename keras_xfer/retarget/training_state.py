@@ -1,0 +1,250 @@
+"""The whole state of a training as plain data, and back: weights, flags, optimizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_xfer import freezing
+from keras_xfer.retarget.carrying import fresh, grouped, loss_scaled, members_of, slots, unscaled
+from keras_xfer.retarget.grouped_optimizer import GroupedOptimizer, StageRate
+from keras_xfer.retarget.trainer import distribution_scope, install, sync
+
+# What a schedule changes in an optimizer's configuration.
+_CHANGING = ("name", "learning_rate", "global_clipnorm")
+
+
+def capture(model: keras.Model) -> dict[str, Any]:
+    """Take the state of a training: all variables of the model with its seed generators, which of
+    them train, and the optimizer's state by the variable that it belongs to.
+
+    Args:
+        model: a built `keras.Model`, between two steps.
+
+    Returns:
+        A tree of dicts, lists, strings, numbers, None and NumPy arrays that nothing else changes.
+
+    Raises:
+        ValueError: the optimizer holds state that belongs to no variable, or trains a variable that
+            is not the model's.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> before = capture(model)
+    >>> _ = model.fit(np.ones((4, 2)), np.zeros((4, 1)), verbose=0)
+    >>> restore(model, before)
+    >>> bool((model.get_weights()[0] == before["variables"][0]).all())
+    True
+
+    Reference:
+        https://keras.io/api/models/model_saving_apis/
+    """
+    sync(model)
+    optimizer = getattr(model, "optimizer", None)
+    return {
+        "variables": [_value(variable) for variable in model.variables],
+        "trainable": freezing.thawed(model, by_place=True),
+        "optimizer": None if optimizer is None else _captured(optimizer, model.variables),
+    }
+
+
+def restore(model: keras.Model, state: Mapping[str, Any]) -> None:
+    """Bring `model` back to what `capture` found, whatever trains now.
+
+    An optimizer of another class than the captured one is left as it is, for what then trains.
+
+    Args:
+        model: a `keras.Model`, between two steps: the same, or made by the same code.
+        state: what `capture` returned.
+
+    Raises:
+        ValueError: the model has other variables than the captured one.
+    """
+    sync(model)
+    variables = model.variables
+    _check_shapes(variables, state["variables"])
+    with distribution_scope(model):
+        for variable, value in zip(variables, state["variables"], strict=True):
+            variable.assign(value)
+        freezing.restore_thawed(model, state["trainable"], by_place=True)
+        if state["optimizer"] is None or getattr(model, "optimizer", None) is None:
+            return
+        optimizer = _restored(model.optimizer, state["optimizer"], variables)
+    if optimizer is not model.optimizer:
+        install(model, optimizer)
+
+
+def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[str]:
+    """In words, how the optimizer of `model` is configured otherwise than the captured one, but for
+    what a schedule changes."""
+    captured = state["optimizer"]
+    if captured is None:
+        return []
+    optimizer = model.optimizer
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    found = []
+    if scaled != (captured["loss_scale"] is not None):
+        found.append(f"loss scaling was {'off' if scaled else 'on'} and is {_on(scaled)}")
+    member, then = members_of(unscaled(optimizer))[0], captured["members"][0]
+    if type(member).__name__ != then["class"]:
+        return [*found, f"the optimizer was {then['class']} and is {type(member).__name__}"]
+    now = member.get_config()
+    found += [
+        f"{name} of {then['class']} was {then['config'].get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*now, *then["config"]} - set(_CHANGING))
+        if now.get(name) != then["config"].get(name)
+    ]
+    clipnorm = unscaled(optimizer).global_clipnorm
+    if clipnorm != captured["global_clipnorm"]:
+        found.append(f"global_clipnorm was {captured['global_clipnorm']!r} and is {clipnorm!r}")
+    return found
+
+
+def _on(scaled: bool) -> str:
+    return "on" if scaled else "off"
+
+
+def _value(variable: keras.Variable) -> np.ndarray:
+    # A copy: what a backend gives may be the buffer that the next step writes to.
+    return np.array(keras.ops.convert_to_numpy(variable), copy=True)
+
+
+def _check_shapes(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
+    now = [tuple(variable.shape) for variable in variables]
+    then = [np.shape(value) for value in values]
+    if now == then:
+        return
+    first = next((i for i, (a, b) in enumerate(zip(now, then, strict=False)) if a != b), None)
+    where = (
+        ""
+        if first is None
+        else f"; the first that differs is {variables[first].path!r} of shape {now[first]}, which "
+        f"was {then[first]}"
+    )
+    raise ValueError(
+        "Expected a model with the same variables as the one whose state was captured. Received: "
+        f"{len(now)} variables in place of {len(then)}{where}."
+    )
+
+
+# --- The optimizer ---------------------------------------------------------------------------
+
+
+def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any] | None:
+    if not optimizer.built:
+        return None
+    inner = unscaled(optimizer)
+    place = {inner._var_key(variable): i for i, variable in enumerate(variables)}
+    if foreign := [v.path for v in inner._trainable_variables if inner._var_key(v) not in place]:
+        raise ValueError(
+            f"Expected an optimizer of the model's own variables. Received: it trains {foreign}, "
+            "which the model does not track: make them attributes of one of its layers."
+        )
+
+    def places(of: Any) -> list[int]:
+        return [place[inner._var_key(variable)] for variable in of._trainable_variables]
+
+    is_grouped = isinstance(inner, GroupedOptimizer)
+    rates = inner._rates if is_grouped else [None]
+    return {
+        "loss_scale": None
+        if inner is optimizer
+        else {
+            "step_counter": _value(optimizer.step_counter),
+            "dynamic_scale": _value(optimizer.dynamic_scale),
+        },
+        "grouped": is_grouped,
+        "variables": places(inner),
+        "iterations": int(inner._iterations.numpy()),
+        "factor": float(inner._factor.numpy()) if is_grouped else 1.0,
+        "global_clipnorm": inner.global_clipnorm,
+        "members": [
+            {
+                "class": type(member).__name__,
+                "config": member.get_config(),
+                "rate": None if rate is None else rate.get_config(),
+                "variables": places(member),
+                "slots": {
+                    name: [None if each is None else _value(each) for each in value]
+                    if isinstance(value, list)
+                    else _value(value)
+                    for name, value in slots(member)
+                },
+            }
+            for member, rate in zip(members_of(inner), rates, strict=True)
+        ],
+    }
+
+
+def _restored(optimizer: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> Any:
+    """The optimizer of `state`: `optimizer` itself where it has the same groups, else a new one."""
+    inner = unscaled(optimizer)
+    like = members_of(inner)[0]
+    if type(like).__name__ != state["members"][0]["class"]:
+        return optimizer
+    made = inner
+    if not _has_groups(inner, state, variables):
+        made = _made(like, state, variables)
+    for member, of_member in zip(members_of(made), state["members"], strict=True):
+        _assign_slots(member, of_member["slots"])
+    made._iterations.assign(state["iterations"])
+    if state["grouped"]:
+        made._factor.assign(state["factor"])
+    if inner is optimizer:
+        return made
+    scaled = optimizer if made is inner else loss_scaled(optimizer, made)
+    if not scaled.built:
+        scaled.build(made._trainable_variables)
+    if state["loss_scale"] is not None:
+        scaled.step_counter.assign(state["loss_scale"]["step_counter"])
+        scaled.dynamic_scale.assign(state["loss_scale"]["dynamic_scale"])
+    return scaled
+
+
+def _has_groups(inner: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> bool:
+    if not inner.built or isinstance(inner, GroupedOptimizer) != state["grouped"]:
+        return False
+    place = {inner._var_key(variable): i for i, variable in enumerate(variables)}
+    members = members_of(inner)
+    now = [[place.get(inner._var_key(v)) for v in each._trainable_variables] for each in members]
+    rates = inner._rates if state["grouped"] else [None]
+    return now == [each["variables"] for each in state["members"]] and [
+        None if rate is None else rate.get_config() for rate in rates
+    ] == [each["rate"] for each in state["members"]]
+
+
+def _made(like: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> Any:
+    members = [
+        fresh(
+            like,
+            [variables[i] for i in of_member["variables"]],
+            **{name: of_member["config"][name] for name in _CHANGING},
+        )
+        for of_member in state["members"]
+    ]
+    if not state["grouped"]:
+        return members[0]
+    return grouped(
+        members,
+        [variables[i] for i in state["variables"]],
+        [
+            None if each["rate"] is None else StageRate.from_config(each["rate"])
+            for each in state["members"]
+        ],
+        state["global_clipnorm"],
+        state["iterations"],
+    )
+
+
+def _assign_slots(member: Any, values: Mapping[str, Any]) -> None:
+    for name, slot in slots(member):
+        value = values.get(name)  # none where the configuration was another
+        targets, sources = ([slot], [value])
+        if isinstance(slot, list):
+            targets, sources = slot, value if isinstance(value, list) else [None] * len(slot)
+        for target, source in zip(targets, sources, strict=True):
+            if isinstance(target, keras.Variable) and source is not None:
+                target.assign(source)
