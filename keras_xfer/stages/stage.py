@@ -230,8 +230,9 @@ def _rate_from_plain(rate: Any) -> Any:
             f"keras.saving.register_keras_serializable. Received: class_name={name!r}; nearest is "
             f"{near!r}."
         )
+    schedule: Any = found
     try:
-        return found.from_config(dict(rate.get("config") or {}))
+        return schedule.from_config(dict(rate.get("config") or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Expected the arguments of {name}. Received: config={rate.get('config')!r}: {error}."
