@@ -66,19 +66,22 @@ class Monitor:
         self.direction: str | None = None
         self.seen: bool | None = None
         self._validated = False
+        self._metrics_told = False
 
     def begin(self, model: Any) -> None:
         """Begin a `fit` of `model`; raise if the direction cannot be told even by the first step."""
         self.seen = None
         self._validated = False
         self.direction = self._find_direction(model)
-        # TensorFlow builds metrics, and models without an Input, in the first step.
-        if model.built and all(getattr(metric, "built", True) for metric in model.metrics):
+        self._metrics_told = _is_built(model)
+        if self._metrics_told:
             self.settle(model)
 
     def settle(self, model: Any) -> None:
         """Tell the direction now, once the first step is over, or raise."""
-        self.direction = self.direction or self._find_direction(model)
+        if not self._metrics_told:  # the name alone has, and the class of a metric goes before it
+            self.direction = self._find_direction(model)
+            self._metrics_told = _is_built(model)
         if self.direction is None:
             raise ValueError(
                 f"{self.owner} cannot tell whether a higher or a lower value of this metric is "
@@ -188,6 +191,11 @@ def as_float(value: Any) -> float | None:
         return float(array.item()) if array.size == 1 else None
     except (TypeError, ValueError):
         return None
+
+
+def _is_built(model: Any) -> bool:
+    # TensorFlow builds metrics, and models without an Input, in the first step.
+    return model.built and all(getattr(metric, "built", True) for metric in model.metrics)
 
 
 def _compiled_metrics(model: Any) -> Iterator[Any]:

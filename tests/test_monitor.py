@@ -25,6 +25,23 @@ def begun(*arguments, model=None, **keywords):
     return made
 
 
+class Watch(keras.callbacks.Callback):
+    """A callback that monitors as the package's own do."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.values, self.monitor = [], Monitor("Watch", name)
+
+    def on_train_begin(self, logs=None):
+        self.monitor.begin(self.model)
+
+    def on_test_end(self, logs=None):
+        self.monitor.validated()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.values.append(self.monitor.value(self.model, logs))
+
+
 # Directions
 
 
@@ -92,6 +109,13 @@ def test_the_class_of_the_compiled_metric_goes_before_its_name():
     model = small_model(metrics=[keras.metrics.MeanAbsoluteError(name="quality")])
     model.fit(np.ones((2, 3)), np.ones((2, 1)), verbose=0)  # TensorFlow builds metrics here
     assert begun("val_quality", model=model).direction == "min"
+
+
+def test_so_it_does_in_the_first_fit():
+    model = small_model(metrics=[keras.metrics.MeanAbsoluteError(name="accuracy")])
+    watch = Watch("accuracy")
+    model.fit(np.ones((2, 3)), np.ones((2, 1)), verbose=0, callbacks=[watch])
+    assert watch.monitor.direction == "min"
 
 
 def test_a_direction_that_cannot_be_told_asks_for_the_mode():
@@ -173,23 +197,6 @@ def test_a_log_of_the_validation_is_waited_for_and_no_other():
         made.value(model, {"loss": 1.0})
     with pytest.raises(ValueError, match="monitor='val_auc'"):  # nor could validation log it
         begun("val_auc", model=model).value(model, {"loss": 1.0})
-
-
-class Watch(keras.callbacks.Callback):
-    """A callback that monitors as the package's own do."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.values, self.monitor = [], Monitor("Watch", name)
-
-    def on_train_begin(self, logs=None):
-        self.monitor.begin(self.model)
-
-    def on_test_end(self, logs=None):
-        self.monitor.validated()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.values.append(self.monitor.value(self.model, logs))
 
 
 def test_in_a_fit_of_a_deep_copy():
