@@ -1,12 +1,13 @@
 """A log that is compared over epochs: its direction, whether a value is better, whether it may come."""
 
-import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+
+from keras_xfer.running_fit import locals_of_fit
 
 
 class Monitor:
@@ -129,12 +130,13 @@ class Monitor:
 
     def _check_still_to_come(self, model: Any, logs: Mapping[str, Any], validated: bool) -> None:
         """Let an epoch without validation lack the monitor, and no other epoch."""
-        fit = _arguments_of_fit(model)
-        without_data = fit is not None and fit["validation_data"] is None
+        # Without it, a run that has no validation data would be found out when it is over.
+        fit = locals_of_fit(model)
+        without_data = bool(fit) and fit["validation_data"] is None
         validation_may_come = self.name.startswith("val_") and not (
             validated
             or without_data
-            or (fit is None and any(name.startswith("val_") for name in logs))
+            or (not fit and any(name.startswith("val_") for name in logs))
             or (_tests_what_it_trains(model) and self.name.removeprefix("val_") not in logs)
         )
         if validation_may_come:
@@ -210,22 +212,6 @@ def _tests_what_it_trains(model: Any) -> bool:
         getattr(getattr(model, step), "__func__", None) is getattr(keras.Model, step)
         for step in ("train_step", "test_step")
     )
-
-
-def _arguments_of_fit(model: Any) -> dict[str, Any] | None:
-    """Find the arguments of the `fit` that is running; None where there is none.
-
-    Callbacks are told the number of epochs and steps only. Without knowing whether validation data
-    exist, a run without them would be found out when it is over.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "fit":
-            names = frame.f_locals
-            if names.get("self") is model and "validation_data" in names:
-                return dict(names)
-        frame = frame.f_back
-    return None
 
 
 # Keras knows the direction of its metrics in a private attribute only, so it is written down here.
