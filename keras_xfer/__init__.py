@@ -26,7 +26,12 @@ def _is_command() -> bool:
 
 if not _is_command():
     from keras_xfer import callbacks, layers, retarget, stages
-    from keras_xfer.callbacks import BestCheckpoint, EpochTiming, StagedUnfreezing
+    from keras_xfer.callbacks import (
+        BackupAndRestore,
+        BestCheckpoint,
+        EpochTiming,
+        StagedUnfreezing,
+    )
     from keras_xfer.layers import Backbone, BackbonePreprocessing
     from keras_xfer.stages import Stage
 
@@ -35,6 +40,7 @@ _LAZY = ("applications", "images", "reports")
 __all__ = [
     "Backbone",
     "BackbonePreprocessing",
+    "BackupAndRestore",
     "BestCheckpoint",
     "EpochTiming",
     "Stage",

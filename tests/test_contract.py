@@ -45,6 +45,8 @@ def callback(name, folder):
         return keras_xfer.StagedUnfreezing([Stage(epochs=1), Stage("all", learning_rate=1e-3)])
     if name == "BestCheckpoint":
         return keras_xfer.BestCheckpoint(folder / "best.keras", monitor="loss")
+    if name == "BackupAndRestore":
+        return keras_xfer.BackupAndRestore(folder / "backup")
     assert name == "EpochTiming", f"say here how to make a {name}"
     return keras_xfer.EpochTiming()
 

@@ -1,7 +1,8 @@
-"""Callbacks: `StagedUnfreezing`, `BestCheckpoint` and `EpochTiming`."""
+"""Callbacks: `StagedUnfreezing`, `BestCheckpoint`, `BackupAndRestore` and `EpochTiming`."""
 
+from keras_xfer.callbacks.backup_and_restore import BackupAndRestore
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 
-__all__ = ["BestCheckpoint", "EpochTiming", "StagedUnfreezing"]
+__all__ = ["BackupAndRestore", "BestCheckpoint", "EpochTiming", "StagedUnfreezing"]

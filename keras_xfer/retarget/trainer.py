@@ -121,3 +121,23 @@ def build_for_fit(model: keras.Model) -> None:
         # What JAX and torch do at the beginning of every fit. Tried on Keras 3.15.1.
         model._symbolic_build(iterator=iterator)
         iterator.reset()
+
+
+def begin_at(model: keras.Model, epoch: int | None) -> None:
+    """From `on_train_begin`: let the `fit` that is running begin at `epoch`, whatever it was told.
+
+    From `on_epoch_begin`, with None: let no later `fit` do so, which Keras's own BackupAndRestore
+    forgets. Tried on Keras 3.15.1.
+    """
+    model._initial_epoch = epoch
+
+
+def is_chief(model: keras.Model) -> bool:
+    """Whether this process is the one, of those that train `model` together, that writes files."""
+    if keras.backend.backend() == "tensorflow":
+        return bool(model.distribute_strategy.extended.should_checkpoint)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return bool(jax.process_index() == 0)
+    return True
