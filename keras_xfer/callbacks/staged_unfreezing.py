@@ -191,7 +191,9 @@ class StagedUnfreezing(keras.callbacks.Callback):
         }
         # A stage that is never run: it says now what would be wrong with each.
         made = cls([Stage(epochs=epochs_per_stage, **stage)], backbone=backbone, **kwargs)
-        planning.check_gradual(learning_rate, blocks_per_stage, num_stages)
+        planning.check_gradual(
+            learning_rate, blocks_per_stage, num_stages, epochs_per_stage, patience
+        )
         made.stages = None
         made._gradual = {
             "blocks_per_stage": blocks_per_stage,
@@ -260,8 +262,10 @@ class StagedUnfreezing(keras.callbacks.Callback):
         if self._model_seen() is not self.model:
             self._forget()
             self._model_seen = weakref.ref(self.model)
+            self._steps_per_epoch = None
         self._in_force = False
-        self._steps_per_epoch = (self.params or {}).get("steps")
+        # Of data of unknown length, what the last epoch had.
+        self._steps_per_epoch = self._told_steps() or self._steps_per_epoch
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin the stage that `epoch` belongs to, if it is another."""
@@ -271,9 +275,9 @@ class StagedUnfreezing(keras.callbacks.Callback):
         elif self._is_over(progress):
             self._begin_next(progress)
         elif not self._in_force and self._optimizer_seen() is not self.model.optimizer:
-            self._begin(progress, epochs_before=epoch - progress.first_epoch)
+            self._begin_afresh(progress)
         elif not self._in_force:
-            self._begin(progress, keep_rates=True)
+            self._begin(progress)
         self._in_force = True
         self._steps_before = self._steps()
 
@@ -286,7 +290,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         progress = self._progress
         assert progress is not None  # noqa: S101  # on_epoch_begin has run
         progress.next_epoch = epoch + 1
-        if self._steps_per_epoch is None:
+        if self._told_steps() is None:
             self._steps_per_epoch = self._steps() - self._steps_before
         if logs is not None:
             self._add_logs(logs, self._planned[progress.stage])
@@ -294,11 +298,15 @@ class StagedUnfreezing(keras.callbacks.Callback):
             self._compare(progress, self._monitor.value(self.model, logs or {}), epoch)
         if progress.stage + 1 == len(self._planned) and self._is_over(progress):
             self.model.stop_training = True
+            # It leaves the averages in the model after what it takes for the last epoch only.
+            for each in self._swapping():
+                each.params = {**each.params, "epochs": epoch + 1}
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Go back to the best epoch, if asked to."""
         if self.restore_best and self._progress is not None:
-            self._go_back(self._progress.next_epoch - 1)
+            if self._go_back(self._progress):
+                self._optimizer_seen = _nothing  # a `fit` that goes on sets the rates again
             if uses_ema(self.model.optimizer):  # `fit` has put the averages in before this
                 self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
         planning.set_current_stage(self.model, None)
@@ -322,7 +330,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         if self.differences(state):
             return
         self._progress = None if state["progress"] is None else _Progress(**state["progress"])
-        self._steps_per_epoch = state["steps_per_epoch"]
+        self._steps_per_epoch = self._told_steps() or state["steps_per_epoch"]
         self._best, self._best_epoch = state["best"], state["best_epoch"]
         self._best_state = state["best_state"]
         self._optimizer_seen = weakref.ref(self.model.optimizer)
@@ -365,6 +373,10 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self._progress = self._best = self._best_epoch = self._best_state = None
         self._optimizer_seen = _nothing
 
+    def _swapping(self) -> list[keras.callbacks.SwapEMAWeights]:
+        found = callbacks_of_fit(self.model)
+        return [each for each in found if isinstance(each, keras.callbacks.SwapEMAWeights)]
+
     def _begin_at(self, epoch: int) -> None:
         """Begin in the stage that `epoch` belongs to if none ends early."""
         planned = planning.stage_at(self._planned, epoch)
@@ -376,7 +388,19 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self._forget()
         first_epoch = epoch if planned.first_epoch is None else planned.first_epoch
         self._progress = _Progress(planned.index, first_epoch, epoch)
-        self._begin(self._progress, epochs_before=epoch - first_epoch)
+        self._begin_afresh(self._progress)
+
+    def _begin_afresh(self, progress: _Progress) -> None:
+        """Begin in a stage with an optimizer that has not come through the schedule: what would be
+        in force by now is the rate of the last stage that has one."""
+        epochs_before = progress.next_epoch - progress.first_epoch
+        for planned in reversed(self._planned[: progress.stage + 1]):
+            if planned.stage.learning_rate is not None:
+                self._begin(progress, rates_of=planned.stage, epochs_before=epochs_before)
+                return
+            if planned.index:
+                epochs_before += self._planned[planned.index - 1].stage.epochs or 0
+        self._begin(progress)
 
     def _is_over(self, progress: _Progress) -> bool:
         epochs = self._planned[progress.stage].stage.epochs
@@ -392,31 +416,33 @@ class StagedUnfreezing(keras.callbacks.Callback):
             )
         # At an epoch's end SwapEMAWeights puts the averages into the model; back, before anything
         # else is put there. It does so once, so that its own turn then changes nothing.
-        for each in callbacks_of_fit(self.model):
-            if isinstance(each, keras.callbacks.SwapEMAWeights):
-                each.on_epoch_begin(epoch)
-        if self.restore_best:
-            self._go_back(epoch - 1)
+        for each in self._swapping():
+            each.on_epoch_begin(epoch)
+        is_of_another_stage = self.restore_best and self._go_back(progress)
         self._progress = _Progress(progress.stage + 1, epoch, epoch)
-        self._begin(self._progress)
+        if is_of_another_stage:
+            self._begin_afresh(self._progress)
+        else:
+            self._begin(self._progress, rates_of=self._planned[progress.stage + 1].stage)
 
     def _begin(
-        self, progress: _Progress, *, epochs_before: int = 0, keep_rates: bool = False
+        self, progress: _Progress, *, rates_of: Stage | None = None, epochs_before: int = 0
     ) -> None:
         """Let the model train what the stage says.
 
-        `epochs_before`: how many epochs of the stage are over, for rates that change in it.
+        `rates_of`: the stage whose rates it gets; None keeps what is in force.
+        `epochs_before`: how many epochs of it are over, for rates that change in it.
         """
         planned = self._planned[progress.stage]
         backbone = find_backbone(self.model, self.backbone)
         groups = None
-        if not keep_rates:
+        if rates_of is not None:
             groups = planning.group_rates(
-                planned.stage, self.model, backbone, steps_per_epoch=self._steps_per_epoch
+                rates_of, self.model, backbone, steps_per_epoch=self._steps_per_epoch
             )
-        before = epochs_before * (self._steps_per_epoch or 0)
         rates = None
         if groups is not None:
+            before = self._steps_of(epochs_before, groups)
             rates = [(each.variables, each.rate.beginning_at(-before)) for each in groups]
         retarget(
             self.model, lambda: planning.begin_stage(planned.stage, backbone), learning_rate=rates
@@ -432,6 +458,18 @@ class StagedUnfreezing(keras.callbacks.Callback):
                 f"at learning rate {number(self.model.optimizer.learning_rate):.3g}"
             )
 
+    def _steps_of(self, epochs: int, groups: Sequence[planning.RateGroup]) -> int:
+        """How many steps of changing rates `epochs` had that ran without this callback."""
+        if not epochs or all(group.rate.is_constant for group in groups):
+            return 0
+        if self._steps_per_epoch is None:
+            raise ValueError(
+                "Expected a known number of steps an epoch to go on in the middle of a stage whose "
+                "learning rate changes from step to step: pass steps_per_epoch to fit. Received: "
+                f"data of unknown length, {epochs} epochs into the stage."
+            )
+        return epochs * self._steps_per_epoch
+
     def _compare(self, progress: _Progress, value: float | None, epoch: int) -> None:
         """Count the epochs without improvement, and keep the best."""
         if value is None:  # an epoch without validation
@@ -446,16 +484,19 @@ class StagedUnfreezing(keras.callbacks.Callback):
             self._best, self._best_epoch = value, epoch
             self._best_state = capture(self.model)
 
-    def _go_back(self, last_epoch: int) -> None:
-        """Restore the best epoch, unless it was the last."""
+    def _go_back(self, progress: _Progress) -> bool:
+        """Restore the best epoch, unless it was the last; say whether that went back to an earlier
+        stage, with its rates."""
+        last_epoch = progress.next_epoch - 1
         if self._best_state is None or self._best_epoch is None or self._best_epoch == last_epoch:
-            return
+            return False
         restore(self.model, self._best_state)
         if self.verbose:
             print(  # noqa: T201  # as above
                 f"\nBack to epoch {self._best_epoch + 1}, the best so far: "
                 f"{self.monitor} = {self._best:.5g}"
             )
+        return self._best_epoch < progress.first_epoch
 
     def _add_logs(self, logs: dict[str, Any], planned: planning.PlannedStage) -> None:
         optimizer = self.model.optimizer
@@ -466,6 +507,10 @@ class StagedUnfreezing(keras.callbacks.Callback):
         if planned.position is not None:
             lowest = freezing.lowest_trainable(find_backbone(self.model, self.backbone).model)
             logs["backbone_learning_rate"] = learning_rate_of(optimizer, lowest)
+
+    def _told_steps(self) -> int | None:
+        """The steps of an epoch, if `fit` knows them."""
+        return (self.params or {}).get("steps")
 
     def _steps(self) -> int:
         return steps_of(self.model.optimizer)

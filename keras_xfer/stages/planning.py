@@ -130,7 +130,7 @@ def gradual(
         list of `Stage`, named after what they thaw.
 
     Raises:
-        ValueError: a count below 1, or no `learning_rate`.
+        ValueError: a count below 1, no `learning_rate`, or neither epochs nor a patience.
 
     Example:
 
@@ -142,7 +142,13 @@ def gradual(
     Reference:
         https://arxiv.org/abs/1801.06146
     """
-    check_gradual(stage.get("learning_rate"), blocks_per_stage, num_stages)
+    check_gradual(
+        stage.get("learning_rate"),
+        blocks_per_stage,
+        num_stages,
+        epochs_per_stage,
+        stage.get("patience"),
+    )
     blocks = backbone.blocks
     stages = [Stage(None, epochs=epochs_per_stage, **{"name": "head", **stage})]
     first = len(blocks)
@@ -154,7 +160,13 @@ def gradual(
     return stages
 
 
-def check_gradual(learning_rate: Any, blocks_per_stage: int, num_stages: int | None) -> None:
+def check_gradual(
+    learning_rate: Any,
+    blocks_per_stage: int,
+    num_stages: int | None,
+    epochs_per_stage: int | None,
+    patience: int | None,
+) -> None:
     """What can be said of gradual unfreezing without a model."""
     for name, value in (("blocks_per_stage", blocks_per_stage), ("num_stages", num_stages)):
         if name == "num_stages" and value is None:
@@ -167,6 +179,11 @@ def check_gradual(learning_rate: Any, blocks_per_stage: int, num_stages: int | N
         raise ValueError(
             "Expected a learning_rate for gradual unfreezing, such as "
             "{'head': 1e-3, 'backbone': 1e-4}. Received: learning_rate=None."
+        )
+    if epochs_per_stage is None and patience is None:
+        raise ValueError(
+            "Expected epochs_per_stage or a patience for gradual unfreezing, or the second stage "
+            "can never begin. Received: epochs_per_stage=None, patience=None."
         )
 
 
@@ -237,12 +254,13 @@ def group_rates(
     groups = [RateGroup("head", head, rate(of["head"]))]
     if stage.layer_decay == 1:
         return [*groups, RateGroup("backbone", list(backbone.model.weights), rate(of["backbone"]))]
-    seen: set[int] = set()
+    left = {id(weight): weight for weight in backbone.model.weights}
     for below, block in enumerate(reversed(backbone.blocks)):
-        weights = {id(w): w for layer in block.layers for w in layer.weights if id(w) not in seen}
-        seen.update(weights)
+        inside_block = {id(weight) for layer in block.layers for weight in layer.weights}
+        weights = [left.pop(key) for key in list(left) if key in inside_block]
         scale = stage.layer_decay ** (below if is_split else below + 1)
-        groups.append(RateGroup(block.name, list(weights.values()), rate(of["backbone"], scale)))
+        groups.append(RateGroup(block.name, weights, rate(of["backbone"], scale)))
+    groups[-1].variables.extend(left.values())  # in no layer, as the class token of a transformer
     return groups
 
 
@@ -252,7 +270,17 @@ def group_rates(
 def plan_table(
     planned: Sequence[PlannedStage], model: keras.Model, backbone: freezing.Thawable
 ) -> Table:
-    """What each stage trains, at which rate, for how long. The model is left as it was."""
+    """What each stage trains, at which rate, for how long. The model is left as it was.
+
+    Raises:
+        ValueError: the model is not built.
+    """
+    if not model.built:
+        raise ValueError(
+            f"Expected a built model to plan for. Received: model={model.name!r}, whose weights do "
+            "not exist yet: begin it with keras.Input, call model.build(input_shape), or call it on "
+            "a batch."
+        )
     state = freezing.thawed(model, by_place=True)
     try:
         return Table(
@@ -299,7 +327,9 @@ def _epochs_in_words(place: PlannedStage) -> str:
     """Epochs as messages count them, from 1."""
     first, end = place.first_epoch, place.end_epoch
     if first is None:
-        words = f"up to {place.stage.epochs}" if place.stage.epochs else "to the end"
+        words = f"up to {place.stage.epochs}" if place.stage.epochs else "as many as help"
+        if not (place.stage.epochs or place.stage.patience):
+            words = "to the end"
     elif end is None:
         words = f"from {first + 1}"
     else:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import keras
+import numpy as np
 
 from keras_xfer.freezing import Start
 
@@ -68,6 +69,15 @@ class Stage:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        if isinstance(self.unfreeze, bool) or not isinstance(
+            self.unfreeze, str | int | float | None
+        ):
+            raise TypeError(
+                "Expected unfreeze of a stage to be None, 'all', an index, a fraction, or the name "
+                f"of a layer or a block. Received: unfreeze={self.unfreeze!r}."
+            )
         for name in ("epochs", "patience"):
             self._check_count(name)
         self._check_rates()
@@ -140,7 +150,6 @@ class Stage:
             )
         for part, rate in rates.items():
             _check_rate(rate, f"learning_rate[{part!r}]")
-        object.__setattr__(self, "learning_rate", dict(rates))  # nobody changes it from outside
 
     def get_config(self) -> dict[str, Any]:
         """The stage as plain data: what differs from the defaults, schedules as Keras writes them.
@@ -202,12 +211,33 @@ def _check_rate(rate: Any, name: str) -> None:
         )
 
 
+def _plain(value: Any) -> Any:
+    """`value` as JSON and YAML can write it: NumPy's numbers as Python's, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}  # nobody changes it from outside
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return value
+
+
 def _plain_rate(rate: Any) -> Any:
     if isinstance(rate, Mapping):
         return {part: _plain_rate(of_part) for part, of_part in rate.items()}
     if isinstance(rate, SCHEDULE):
-        return {"class_name": type(rate).__name__, "config": rate.get_config()}
+        shipped = _shipped_schedules().get(type(rate).__name__) is type(rate)
+        name = type(rate).__name__ if shipped else keras.saving.get_registered_name(type(rate))
+        return {"class_name": name, "config": _plain(rate.get_config())}
     return rate
+
+
+def _shipped_schedules() -> dict[str, Any]:
+    return {
+        name: each
+        for name, each in vars(keras.optimizers.schedules).items()
+        if isinstance(each, type) and issubclass(each, SCHEDULE) and each is not SCHEDULE
+    }
 
 
 def _rate_from_plain(rate: Any) -> Any:
@@ -216,15 +246,11 @@ def _rate_from_plain(rate: Any) -> Any:
     if "class_name" not in rate:
         return {part: _rate_from_plain(of_part) for part, of_part in rate.items()}
     # Keras's own by name, or one that the user has registered; nothing else is looked up.
-    shipped = {
-        name: each
-        for name, each in vars(keras.optimizers.schedules).items()
-        if isinstance(each, type) and issubclass(each, SCHEDULE) and each is not SCHEDULE
-    }
-    name = rate["class_name"]
+    shipped = _shipped_schedules()
+    name = str(rate["class_name"])
     found: Any = shipped.get(name) or keras.saving.get_registered_object(name)
     if not (inspect.isclass(found) and issubclass(found, SCHEDULE)):
-        near = difflib.get_close_matches(str(name), shipped, n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, shipped, n=1, cutoff=0)[0]
         raise ValueError(
             "Expected a schedule of keras.optimizers.schedules, or one registered with "
             f"keras.saving.register_keras_serializable. Received: class_name={name!r}; nearest is "

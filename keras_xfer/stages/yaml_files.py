@@ -24,6 +24,8 @@ _HEADER = """\
 #   name           for printing
 """
 
+_TEXTS = ("unfreeze", "name")  # what looks like a number there is a name
+
 
 def stages_to_yaml(stages: Sequence[Stage], path: str | os.PathLike[str]) -> None:
     """Write a schedule as a YAML file, to be edited and read again by `stages_from_yaml`.
@@ -121,7 +123,9 @@ def _stage(content: Any, index: int, file: str) -> Stage:
             f"{where}: expected a mapping such as {{epochs: 5}}. Received: {content!r}."
         )
     try:
-        return Stage.from_config({key: _number(value) for key, value in content.items()})
+        return Stage.from_config(
+            {key: value if key in _TEXTS else _number(value) for key, value in content.items()}
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -130,7 +134,9 @@ def _number(value: Any) -> Any:
     """YAML 1.1, which PyYAML reads, takes 1e-4 for text: it wants 1.0e-4."""
     if isinstance(value, Mapping):
         return {key: _number(each) for key, each in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
 
@@ -150,7 +156,9 @@ def _check_lasting(unfreeze: Any, index: int) -> None:
 
 def _automatic_names() -> set[str]:
     """The names that Keras gives to layers without one, before it numbers them."""
-    classes = [name for name, each in vars(keras.layers).items() if inspect.isclass(each)]
+    classes = {name for name, each in vars(keras.layers).items() if inspect.isclass(each)}
+    classes |= {"Sequential", "Functional"}
+    classes -= {"Layer"}  # nobody's own; `layer_1` is what people call theirs
     return {
         re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", name)).lower()
         for name in classes
