@@ -77,7 +77,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with _quiet_start():
         from keras_xfer.commands import job
         from keras_xfer.commands.screen import Screen
-    job.train(arguments.images, arguments.output, recipe, Screen())
+    job.train(arguments.images, arguments.output, recipe, Screen(), resume=arguments.resume)
     return 0
 
 
@@ -198,7 +198,8 @@ def _add_train(commands: Any) -> None:
             "DIR then holds model.keras (uint8 images of any size in, probabilities out), "
             "labels.json, history.csv, predictions.csv (of the test images if there are any, else "
             "of the validation images), metrics.json, skipped.csv, report.html and run.json (what "
-            "was asked for). Ctrl-C keeps the best model so far."
+            "was asked for). Ctrl-C keeps the best model so far. What is cut off after its first "
+            "epoch, by whatever, goes on with --resume."
         ),
         allow_abbrev=False,
     )
@@ -209,6 +210,12 @@ def _add_train(commands: Any) -> None:
         help="folder with one folder a class, or with train/, validation/ and test/ that have them",
     )
     train.add_argument("--output", metavar="DIR", type=Path, required=True, help=_OUTPUT_HELP)
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run of the same options that was cut off in DIR, at the epoch it had "
+        "come to; without one, begin. The result is that of a run that was not cut off",
+    )
 
     model = train.add_argument_group("model")
     model.add_argument(
@@ -281,6 +288,13 @@ def _add_train(commands: Any) -> None:
         default=_DEFAULT.unfreeze,
         help="where training of the backbone begins: none, all, a block or layer name, an index "
         f"(-20: the last 20 layers) or a fraction such as 0.3 (default: {TOP_THIRD})",
+    )
+    schedule.add_argument(
+        "--stages",
+        metavar="FILE.yaml",
+        help="the whole schedule as keras_xfer.stages.stages_to_yaml writes it, in place of "
+        "--head-epochs, --unfreeze and --fine-tune-rate; --epochs then counts only where the last "
+        "stage has none of its own",
     )
     schedule.add_argument(
         "--batch-size",
@@ -427,7 +441,7 @@ def _mendable(error: Exception) -> str | None:
         return f"{error}"
     # By name, so that no framework is loaded to ask.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"ImageFolderError", "ImageReadError", "WeightsUnavailableError"}:
+    if kinds & {"ImageFolderError", "ImageReadError", "WeightsUnavailableError", "BackupError"}:
         return " ".join(str(error).split())
     if isinstance(error, OSError):
         return _of_the_system(error)

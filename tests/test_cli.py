@@ -421,7 +421,8 @@ def test_a_disk_that_fills_up_at_the_end(photos, weights, tmp_path, capfd, monke
         ]
     )
     failed(capfd, status, "disk is full", "--output")
-    assert names(run) == {"run.json", "skipped.csv", "labels.json", "history.csv"}
+    left = {"run.json", "skipped.csv", "labels.json", "history.csv", "unfinished"}
+    assert names(run) == left  # --resume goes on from there
     assert len(read(run / "history.csv")) == 1
 
 
@@ -560,3 +561,115 @@ def test_help_and_wrong_usage_load_no_framework(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
     assert done.returncode == 0
+
+
+# Runs that are cut off
+
+
+def cut_off(arguments, run, monkeypatch, epoch=1):
+    """A run that is interrupted at the beginning of `epoch` (from 0)."""
+
+    def interrupt(self, number, logs=None):
+        if number == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.callbacks.TerminateOnNaN, "on_epoch_begin", interrupt)
+        return main([*arguments, "--output", str(run)])
+
+
+def without_times(rows):
+    measured = ("seconds", "samples_per_second")
+    return [
+        {name: value for name, value in row.items() if not any(m in name for m in measured)}
+        for row in rows
+    ]
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_cut_off(
+    arguments, trained, tmp_path, monkeypatch, capfd
+):
+    run = tmp_path / "run"
+    assert cut_off(arguments, run, monkeypatch) == 130
+    assert "--resume" in capfd.readouterr().err
+    assert {path.name for path in (run / "unfinished").iterdir()} == {
+        "best.keras", "best.keras.json", "training_state.zip"
+    }  # fmt: skip
+    # What was asked for otherwise is refused, and nothing is lost.
+    status = main([*arguments, "--output", str(run), "--resume", "--batch-size", "5"])
+    failed(capfd, status, "batch_size was 6 and is 5", "--resume")
+    assert main([*arguments, "--output", str(run), "--resume"]) == 0
+    assert "Resumed  after epoch 1" in capfd.readouterr().out
+    assert names(run) == OUTPUTS
+    never = trained[0]
+    assert (run / "predictions.csv").read_bytes() == (never / "predictions.csv").read_bytes()
+    rows = [without_times(read(each / "history.csv")) for each in (run, never)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 2
+    # The same command once more: there is nothing to do, and nothing is done.
+    before = (run / "model.keras").stat().st_mtime_ns
+    assert main([*arguments, "--output", str(run), "--resume"]) == 0
+    assert "nothing is left to do" in capfd.readouterr().out
+    assert (run / "model.keras").stat().st_mtime_ns == before
+
+
+def test_what_is_left_of_a_cut_off_run_is_looked_at(arguments, tmp_path, monkeypatch, capfd):
+    run = tmp_path / "run"
+    assert cut_off(arguments, run, monkeypatch) == 130
+    capfd.readouterr()
+    state = run / "unfinished" / "training_state.zip"
+    content = state.read_bytes()
+    state.write_bytes(content[: len(content) // 2])
+    status = main([*arguments, "--output", str(run), "--resume"])
+    failed(capfd, status, "training_state.zip", "delete it")
+    assert state.read_bytes() == content[: len(content) // 2]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(arguments, trained, tmp_path):
+    run = tmp_path / "run"
+    line = [sys.executable, "-m", "keras_xfer.cli", *arguments, "--output", str(run), "--resume"]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (run / "unfinished" / "training_state.zip").exists():
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=True)
+    assert "Resumed" in done.stdout
+    assert names(run) == OUTPUTS
+    never = trained[0]
+    assert (run / "predictions.csv").read_bytes() == (never / "predictions.csv").read_bytes()
+
+
+# A schedule from a file
+
+
+def test_stages_from_a_file(photos, weights, tmp_path, capfd):
+    path = tmp_path / "stages.yaml"
+    path.write_text(
+        "stages:\n"
+        "- {epochs: 1, learning_rate: 1e-3, name: first}\n"
+        "- {unfreeze: conv_pw_13, epochs: 1, learning_rate: {head: 1e-3, backbone: 1e-4}}\n"
+        "- {unfreeze: conv_pw_12, epochs: 1, learning_rate: 1e-4, layer_decay: 0.5}\n"
+    )
+    run = tmp_path / "run"
+    line = ["train", str(photos), "--weights", str(weights), *SMALL, "--output", str(run)]
+    assert main([*line, "--stages", str(path)]) == 0
+    rows = read(run / "history.csv")
+    assert [row["stage"] for row in rows] == ["0", "1", "2"]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert [float(row["backbone_learning_rate"]) for row in rows[:2]] == pytest.approx([0, 1e-4])
+    assert float(rows[2]["backbone_learning_rate"]) < 1e-4
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics["stages"]) == ["first", "stage 2", "stage 3"]
+    capfd.readouterr()
+
+    failed(capfd, main([*line, "--stages", str(path), "--head-epochs", "1"]), "--stages")
+    failed(capfd, main([*line, "--stages", str(tmp_path / "none.yaml")]), "no such file")
+    path.write_text("- {epochs: 1}\n- {unfreeze: conv_pw_12, epoch: 1, learning_rate: 1e-4}")
+    failed(capfd, main([*line, "--stages", str(path)]), "Stage 2", "'epochs'")
+    path.write_text("- {epochs: 1}\n- {unfreeze: conv_wp_12, epochs: 1, learning_rate: 1e-4}")
+    failed(capfd, main([*line, "--stages", str(path)]), "Stage 2", "'conv_pw_12'")

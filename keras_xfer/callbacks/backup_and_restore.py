@@ -19,6 +19,10 @@ from keras_xfer.running_fit import callbacks_of_fit, stands_last
 _FILE = "training_state.zip"
 
 
+class BackupError(ValueError):
+    """What was found is no backup, or not that of this training."""
+
+
 class BackupAndRestore(keras.callbacks.Callback):
     """Saves the whole state of a training at the end of each epoch, and goes on from it.
 
@@ -52,8 +56,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         next_epoch: int from 0, the epoch at which a `fit` would begin: 0 without a backup.
 
     Raises:
-        ValueError: `save_freq` is something else; at the start of `fit`, the backup is damaged, is
-            that of another model, schedule or optimizer, or the model cannot be built.
+        ValueError: `save_freq` is something else.
+        BackupError: (a ValueError) at the start of `fit`, the backup is damaged, or is that of another
+            model, schedule or optimizer, or the model cannot be built.
         OSError: the backup cannot be written (at the start of `fit`, before any training).
         TypeError: the `state_dict` of a callback holds something else than plain data and arrays.
 
@@ -184,7 +189,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         try:
             return read_bundle(self.filepath, arrays=arrays)
         except ValueError as error:
-            raise ValueError(
+            raise BackupError(
                 f"Expected a backup that BackupAndRestore wrote in {self.filepath}. Received: a file "
                 f"that is damaged or something else's ({error}). Put back a good copy of it, or "
                 "delete it to begin from the first epoch."
@@ -193,7 +198,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore(self, content: Mapping[str, Any]) -> None:
         build_for_fit(self.model)
         if not self.model.built:
-            raise ValueError(
+            raise BackupError(
                 f"Expected a built model to restore {self.filepath} into. Received: model="
                 f"{self.model.name!r}, whose weights do not exist yet: begin it with keras.Input."
             )
@@ -217,7 +222,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         mend = f"Choose another backup_dir, or delete {self.filepath} to begin from the first epoch"
         models = structure.differences(content["structure"], structure.structure(self.model))
         if models:
-            raise ValueError(
+            raise BackupError(
                 "Expected the model that the backup was made of. Received: another one; then and "
                 f"now it has {'; '.join(models)}. {mend}."
             )
@@ -237,7 +242,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             if "told" in state and name not in with_schedule
         ]
         if found:
-            raise ValueError(
+            raise BackupError(
                 f"Expected the schedule and the optimizer that the backup was made with. Received: "
                 f"{'; '.join(found)}. {mend}, or pass accept_changes=True to go on all the same."
             )

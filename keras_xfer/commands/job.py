@@ -5,15 +5,18 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_xfer import files
+from keras_xfer.callbacks.backup_and_restore import BackupAndRestore
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
+from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.commands import training
 from keras_xfer.commands.recipe import Recipe
-from keras_xfer.commands.runs import CHECKPOINT, RunFolder
+from keras_xfer.commands.runs import CHECKPOINT, UNFINISHED, RunFolder
 from keras_xfer.commands.screen import EpochLines, Screen, counted, seconds
 from keras_xfer.commands.training import Classifier, Fitted, Row
 from keras_xfer.images import ImageFolder, scan
@@ -27,6 +30,8 @@ def train(
     output: str | os.PathLike[str],
     recipe: Recipe,
     screen: Screen,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train a classifier on a folder of images and write the run's folder.
 
@@ -35,6 +40,8 @@ def train(
         output: Path of the run's folder, see `RunFolder`.
         recipe: A `Recipe`.
         screen: A `Screen` for what was found, each epoch, and the result.
+        resume: Bool, whether to go on with the run of the same recipe that was cut off there. If
+            it had ended nothing is done; if there is none it begins.
 
     Returns:
         A dict, what `metrics.json` holds.
@@ -43,15 +50,29 @@ def train(
         UsageError: The recipe or the folders do not do.
         keras_xfer.images.ImageFolderError: The images do not do.
         keras_xfer.applications.WeightsUnavailableError: The weights cannot be downloaded.
+        keras_xfer.callbacks.backup_and_restore.BackupError: What the run left is damaged or that of
+            another schedule.
         KeyboardInterrupt: With a message that says what is kept.
     """
     run = RunFolder(output, images=images)
     folder = look_at(images, recipe, screen)
+    record = {
+        "command": "train",
+        "images": str(Path(images).resolve()),
+        "images_sha256": folder.fingerprint(),
+        **recipe.to_dict(),
+    }
+    if resume:
+        run.check_resumable(record)
+        if (metrics := run.finished()) is not None:
+            screen.line("The run had ended; nothing is left to do")
+            show_result(metrics, run, screen)
+            return metrics
     with training.reproducible(recipe):
         classifier = training.build(recipe, len(folder.class_names))
         show_model(classifier, recipe, screen)
-        with run.writing({"command": "train", "images": str(images), **recipe.to_dict()}):
-            fitted = fit(classifier, folder, recipe, run, screen)
+        with run.writing(record, resume=resume):
+            fitted = fit(classifier, folder, recipe, run, screen, resumable=True)
             metrics = finish(classifier, fitted, folder, recipe, run, screen)
     show_result(metrics, run, screen)
     return metrics
@@ -106,17 +127,24 @@ def show_model(classifier: Classifier, recipe: Recipe, screen: Screen) -> None:
         f"Model    {recipe.backbone} at {classifier.image_size} pixels, {weights}, "
         f"{classifier.served.count_params():,} parameters"
     )
-    for stage in training.schedule(recipe, classifier.backbone):
-        what = "the head" if stage.unfreeze is None else f"the backbone from {stage.unfreeze} on"
-        what = "everything" if stage.unfreeze == "all" else what
+    stages = training.schedule(recipe, classifier.backbone)
+    plan = StagedUnfreezing(stages, backbone=classifier.backbone).plan(classifier.trained)
+    for _, epochs, _, blocks, _, _, trainable, _, rate in plan.rows:
+        stage = stages.pop(0)
         screen.line(
-            f"         {counted(stage.epochs or 0, 'epoch')} of {stage.name}: {what} at learning "
-            f"rate {stage.learning_rate:g}"
+            f"         epochs {epochs}: {stage.name}, {blocks} blocks thawed, {trainable:,} "
+            f"parameters at learning rate {rate}"
         )
 
 
 def fit(
-    classifier: Classifier, folder: ImageFolder, recipe: Recipe, run: RunFolder, screen: Screen
+    classifier: Classifier,
+    folder: ImageFolder,
+    recipe: Recipe,
+    run: RunFolder,
+    screen: Screen,
+    *,
+    resumable: bool = False,
 ) -> Fitted:
     """Train, keeping `history.csv` up to date, and the best model where it is interrupted.
 
@@ -126,6 +154,8 @@ def fit(
         recipe: A `Recipe`.
         run: A `RunFolder` that is being written.
         screen: A `Screen`.
+        resumable: Bool, whether to keep what `keras-xfer train --resume` needs, and to go on from
+            it where it is there.
 
     Returns:
         A `Fitted`.
@@ -141,14 +171,16 @@ def fit(
         columns = list(dict.fromkeys(["epoch", "stage", *rows[-1]]))
         run.write_csv("history.csv", columns, [[row[name] for name in columns] for row in rows])
 
+    callbacks: list[Any] = [EpochLines(screen, names)]
+    if resumable:
+        # Kept until the outputs are written too.
+        backup = BackupAndRestore(run / UNFINISHED, delete_checkpoint=False)
+        if backup.next_epoch:
+            screen.line(f"Resumed  after epoch {backup.next_epoch}")
+        callbacks.append(backup)
     try:
         return training.fit(
-            classifier,
-            folder,
-            recipe,
-            checkpoint,
-            on_epoch=on_epoch,
-            callbacks=[EpochLines(screen, names)],
+            classifier, folder, recipe, checkpoint, on_epoch=on_epoch, callbacks=callbacks
         )
     except KeyboardInterrupt:
         if checkpoint.best is None:
@@ -158,7 +190,7 @@ def fit(
         raise KeyboardInterrupt(
             f"Interrupted. {str(run.path)!r} keeps the model of epoch "
             f"{(checkpoint.best_epoch or 0) + 1}, the best so far: model.keras, labels.json, "
-            "history.csv, skipped.csv"
+            "history.csv, skipped.csv" + ("; --resume goes on from there" if resumable else "")
         ) from None
 
 
@@ -291,9 +323,8 @@ def show_result(metrics: dict[str, Any], run: RunFolder, screen: Screen) -> None
         run: The `RunFolder`.
         screen: A `Screen`.
     """
-    head = metrics["stages"].get("head")
-    if head is not None and len(metrics["stages"]) > 1:
-        tuned = metrics["stages"]["fine-tuning"]
+    head, tuned = (metrics["stages"].get(name) for name in ("head", "fine-tuning"))
+    if head is not None and tuned is not None:
         screen.line(
             f"Before fine-tuning {head['val_accuracy']:.1%} of the validation images were right, "
             f"with it {tuned['val_accuracy']:.1%}"

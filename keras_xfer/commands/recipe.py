@@ -33,6 +33,8 @@ class Recipe:
         fine_tune_rate: Float, the rate of everything once the backbone thaws. `None`: a tenth of
             `learning_rate`.
         unfreeze: `TOP_THIRD`, `None` (never thaw), or any `start` of `Backbone.unfreeze`.
+        stages: `None`, or the path of a YAML file with the whole schedule. `epochs` then counts
+            only where the last stage has none of its own.
         dropout: Float in [0, 1), in front of the classifier.
         augment: `"none"`, `"light"` (flip, shift, zoom) or `"strong"` (rotate and shear too).
         flip: Bool, whether augmentation may mirror images.
@@ -64,6 +66,7 @@ class Recipe:
     learning_rate: float = 1e-3
     fine_tune_rate: float | None = None
     unfreeze: str | int | float | None = TOP_THIRD
+    stages: str | None = None
     dropout: float = 0.2
     augment: str = "light"
     flip: bool = True
@@ -95,9 +98,13 @@ class Recipe:
             raise self._error("augment", f"one of {', '.join(AUGMENTS)}")
         if self.head_epochs is not None and self.head_epochs > self.epochs:
             raise self._error("head_epochs", f"at most the {self.epochs} of --epochs")
-        if self.weights is None and (
-            self.unfreeze != TOP_THIRD or self.fine_tune_rate is not None or self.head_epochs
-        ):
+        is_told = self.unfreeze != TOP_THIRD or self.fine_tune_rate is not None or self.head_epochs
+        if self.stages is not None and is_told:
+            raise UsageError(
+                "--unfreeze, --fine-tune-rate and --head-epochs: --stages says all of it. Leave "
+                "them out, or leave out --stages"
+            )
+        if self.weights is None and is_told:
             raise UsageError(
                 "--unfreeze, --fine-tune-rate and --head-epochs need pretrained weights: with "
                 "--weights none everything trains from the first epoch. Leave them out, or give "

@@ -23,7 +23,9 @@ OUTPUTS = (
     "report.html",
 )
 RECORD = "run.json"  # says that a folder is a run's, and what was asked for
-CHECKPOINT = "best.keras"  # there while a run trains
+UNFINISHED = "unfinished"  # the folder of what a run needs to go on, there until it has ended
+CHECKPOINT = f"{UNFINISHED}/best.keras"
+_UNFINISHED_FILES = ("best.keras", "best.keras.json", "training_state.zip")
 
 
 class RunFolder:
@@ -73,30 +75,71 @@ class RunFolder:
         return self.path / name
 
     @contextlib.contextmanager
-    def writing(self, record: dict[str, Any]) -> Iterator[None]:
+    def writing(self, record: dict[str, Any], *, resume: bool = False) -> Iterator[None]:
         """Begin a run here: what an earlier one left goes. What fails before an epoch leaves nothing.
 
         Args:
             record: What was asked for, for `run.json`.
+            resume: Bool, whether to keep what an unfinished run left, to go on from it.
         """
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in (*OUTPUTS, RECORD, CHECKPOINT, f"{CHECKPOINT}.json"):
+            for name in (*OUTPUTS, RECORD, *self._unfinished()):
                 files.remove_leftovers(self / name)
-            # The record comes before what it vouches for, and goes after it.
-            self.write_json(RECORD, {"keras_xfer": __version__, **record})
-            self.remove(*OUTPUTS, CHECKPOINT, f"{CHECKPOINT}.json")
+            if not (resume and self.is_unfinished()):
+                # The record comes before what it vouches for, and goes after it.
+                self.write_json(RECORD, {"keras_xfer": __version__, **record})
+                self.remove(*OUTPUTS, *self._unfinished())
             yield
         except BaseException:
             if not (self / "history.csv").exists():
-                self.remove(*OUTPUTS, CHECKPOINT, f"{CHECKPOINT}.json", RECORD)
-                for path in made:
-                    with contextlib.suppress(OSError):  # not empty: somebody else's
-                        path.rmdir()
+                self.remove(*OUTPUTS, *self._unfinished(), RECORD)
+                made.insert(0, self / UNFINISHED)
+                _remove_empty(made)
             raise
-        finally:
-            self.remove(CHECKPOINT, f"{CHECKPOINT}.json")
+        self.remove(*self._unfinished())
+        _remove_empty([self / UNFINISHED])
+
+    def is_unfinished(self) -> bool:
+        """Return whether a run here was cut off after its first epoch."""
+        return (self / UNFINISHED / "training_state.zip").exists()
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the metrics of the run here, if it has come to its end."""
+        if self.is_unfinished() or not (self / "metrics.json").is_file():
+            return None
+        metrics: dict[str, Any] = json.loads((self / "metrics.json").read_text(encoding="utf-8"))
+        return metrics
+
+    def check_resumable(self, record: dict[str, Any]) -> None:
+        """Refuse to go on with a run that was asked for otherwise.
+
+        Args:
+            record: What is asked for now.
+
+        Raises:
+            UsageError: `run.json` holds something else; the differences are named.
+        """
+        if not (self / RECORD).is_file():
+            return
+        then = json.loads((self / RECORD).read_text(encoding="utf-8"))
+        now = json.loads(files.to_json(record))
+        different = [
+            f"{name} was {then.get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if then.get(name) != value
+        ]
+        if different:
+            raise UsageError(
+                f"--resume: {str(self.path)!r} holds a run that was asked for otherwise: "
+                f"{'; '.join(different)}. Give the options of that run, choose another --output, "
+                "or leave out --resume to begin anew in its place"
+            )
+
+    @staticmethod
+    def _unfinished() -> list[str]:
+        return [f"{UNFINISHED}/{name}" for name in _UNFINISHED_FILES]
 
     def remove(self, *names: str) -> None:
         """Remove files of ours.
@@ -137,6 +180,12 @@ class RunFolder:
                 f"--output: cannot write in {str(parent)!r}. Make it writable, or choose another "
                 "folder"
             )
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):  # not there, or not empty: somebody else's
+            path.rmdir()
 
 
 def write_csv(

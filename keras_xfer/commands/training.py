@@ -17,7 +17,7 @@ from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
 from keras_xfer.images import ImageDataset, ImageFolder, class_weights
 from keras_xfer.layers import Backbone
-from keras_xfer.stages import Stage, planning
+from keras_xfer.stages import Stage, planning, stages_from_yaml
 
 # How images get from their own size to the model's, in training and in the saved model alike.
 RESIZE = "crop"
@@ -114,7 +114,7 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
         List of `Stage`.
 
     Raises:
-        UsageError: `recipe.unfreeze` matches nothing in the backbone.
+        UsageError: The stages contradict themselves or the backbone.
 
     Example:
     >>> recipe = Recipe(image_size=32, weights="some.h5", backbone_args={"alpha": 0.35})
@@ -122,6 +122,44 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     >>> [(stage.unfreeze, stage.epochs) for stage in schedule(recipe, backbone)]
     [(None, 5), ('block_11', 10)]
     """
+    stages = _stages_from_file(recipe) if recipe.stages else _stages(recipe, backbone)
+    try:
+        planning.resolve(stages, backbone)
+    except ValueError as error:
+        option = "--unfreeze" if recipe.stages is None else f"--stages: {recipe.stages}"
+        raise UsageError(f"{option}: {one_line(error)}") from error
+    return stages
+
+
+def epochs_of(recipe: Recipe, stages: list[Stage]) -> int:
+    """Return how many epochs a schedule lasts at most.
+
+    Args:
+        recipe: A `Recipe`.
+        stages: Its stages.
+
+    Returns:
+        Int.
+
+    Raises:
+        UsageError: The last stage would get no epoch.
+
+    Example:
+    >>> epochs_of(Recipe(epochs=9), [Stage(epochs=2), Stage(learning_rate=1e-4)])
+    9
+    """
+    counted = [stage.epochs for stage in stages if stage.epochs is not None]
+    if len(counted) == len(stages):
+        return sum(counted)
+    if sum(counted) >= recipe.epochs:
+        raise UsageError(
+            f"--epochs: the stages before the last need {sum(counted)}, which leaves none for the "
+            f"last. Received: {recipe.epochs}. Raise it, or say the epochs of the last stage"
+        )
+    return recipe.epochs
+
+
+def _stages(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     head_epochs, more_epochs = recipe.stage_epochs
     if recipe.weights is None:
         rate = recipe.learning_rate
@@ -135,11 +173,24 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
             start = backbone.blocks[-max(1, round(len(backbone.blocks) / 3))].name
         rate = recipe.fine_tune_rate or recipe.learning_rate / 10
         stages.append(Stage(start, epochs=more_epochs, learning_rate=rate, name="fine-tuning"))
-    try:
-        planning.resolve(stages, backbone)
-    except ValueError as error:
-        raise UsageError(f"--unfreeze: {one_line(error)}") from error
     return stages
+
+
+def _stages_from_file(recipe: Recipe) -> list[Stage]:
+    try:
+        stages = stages_from_yaml(str(recipe.stages))
+    except FileNotFoundError:
+        raise UsageError(f"--stages: no such file: {recipe.stages!r}") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--stages: {one_line(error)}") from error
+    if stages[0].learning_rate is None:
+        stages[0] = dataclasses.replace(stages[0], learning_rate=recipe.learning_rate)
+    # A name of its own for each, by which tables and reports tell them apart.
+    names = [stage.name or f"stage {index + 1}" for index, stage in enumerate(stages)]
+    return [
+        dataclasses.replace(stage, name=name if names.count(name) == 1 else f"{name} ({index + 1})")
+        for index, (stage, name) in enumerate(zip(stages, names, strict=True))
+    ]
 
 
 def fit(
@@ -186,9 +237,13 @@ def fit(
     model.fit(
         train,
         validation_data=dataset(classifier, folder, "validation", recipe.batch_size),
-        epochs=recipe.epochs,
+        epochs=epochs_of(recipe, planned),
         class_weight=weights,
         callbacks=[
+            # The order of an epoch depends on its number alone, also after a run was cut off.
+            keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda epoch, logs: setattr(train, "epoch", epoch)  # noqa: ARG005
+            ),
             EpochTiming(),
             StagedUnfreezing(planned, backbone=classifier.backbone),
             keras.callbacks.TerminateOnNaN(),
@@ -408,6 +463,14 @@ class _Rows(keras.callbacks.Callback):
         self.rows.append({"epoch": epoch, **{k: _number(v) for k, v in (logs or {}).items()}})
         if self._on_epoch is not None:
             self._on_epoch(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after these rows."""
+        self.rows[:] = state["rows"]
 
 
 def _number(value: Any) -> float:

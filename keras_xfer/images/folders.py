@@ -1,5 +1,6 @@
 """Folders of images: splits, class names, and what was skipped and why."""
 
+import hashlib
 import os
 import unicodedata
 import zlib
@@ -65,6 +66,20 @@ class ImageFolder:
             ).tolist()
             for split in _SPLITS
         }
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over the names of the images in their splits, with their labels.
+
+        Returns:
+            Str, 64 hexadecimal digits; the content of the files does not count.
+        """
+        digest = hashlib.sha256()
+        for split in _SPLITS:
+            for sample in getattr(self, split):
+                digest.update(
+                    f"{split}\0{shown(sample.path, self.folder)}\0{sample.label}\n".encode()
+                )
+        return digest.hexdigest()
 
     def dataset(
         self, split: str, image_size: int | tuple[int, int], **kwargs: Any

@@ -3,7 +3,6 @@ was: the same weights, optimizer slots and History, bit for bit."""
 
 import multiprocessing
 import os
-import random
 import signal
 import time
 
@@ -57,7 +56,7 @@ def differing(one, other, where="outcome"):
             one.view("uint8") if one.ndim else one, other.view("uint8") if other.ndim else other
         )
         return [] if same else [where]
-    same = one == other or (one != one and other != other)  # noqa: PLR0124  # NaN
+    same = one == other or (one != one and other != other)  # NaN
     return [] if same else [f"{where}: {one!r} and {other!r}"]
 
 
@@ -88,7 +87,7 @@ def check_kills(start, tmp_path, count):
     expected = outcome(tmp_path / "reference")
     assert expected["epochs"] == list(range(killed_training.EPOCHS))
     assert len(set(expected["history"]["stage"])) == 3
-    generator = random.Random(int(os.environ.get("KERAS_XFER_KILL_SEED", "0")))
+    generator = np.random.default_rng(0)
     kills = runs = 0
     while kills < count:
         folder = tmp_path / f"run {runs}"
