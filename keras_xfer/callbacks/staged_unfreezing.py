@@ -56,7 +56,8 @@ class StagedUnfreezing(keras.callbacks.Callback):
 
     Every epoch it adds to `logs` and so to History: `stage` (from 0), `trainable_params`,
     `learning_rate` (the head's) and `backbone_learning_rate` (that of the lowest thawed block, 0.0
-    while the backbone is frozen), both of the epoch's last step.
+    while the backbone is frozen), both of the epoch's last step; of a schedule that the model was
+    compiled with, and no stage has replaced, of the step after it, as Keras reads it.
 
     Keras's loggers and rate callbacks keep working beside it wherever they stand in the list: they
     run after it. ReduceLROnPlateau and LearningRateScheduler scale all groups until the next stage
