@@ -106,8 +106,9 @@ def _to_plain(value: Any, arrays: list[np.ndarray], where: str) -> Any:
     ):
         # Types that NumPy does not know by itself (bfloat16) are written as the bytes they are.
         own = value.dtype.kind != "V"
-        arrays.append(value if own else np.ascontiguousarray(value).view("uint8"))
-        return {_ARRAY: len(arrays) - 1, "dtype": None if own else value.dtype.name}
+        arrays.append(value if own else np.frombuffer(value.tobytes(), "uint8"))
+        place: dict[str, Any] = {_ARRAY: len(arrays) - 1}
+        return place if own else {**place, "dtype": value.dtype.name, "shape": list(value.shape)}
     raise TypeError(
         "Expected dicts, lists, str, numbers, bool, None and NumPy arrays. Received: "
         f"{type(value).__name__} in {where}."
@@ -125,8 +126,8 @@ def _from_plain(value: Any, archive: zipfile.ZipFile | None) -> Any:
         return None
     with archive.open(f"{value[_ARRAY]}.npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-    if value["dtype"] is not None:
+    if "dtype" in value:
         import ml_dtypes  # Keras's own requirement, for these types
 
-        array = array.view(getattr(ml_dtypes, value["dtype"]))
+        array = array.view(getattr(ml_dtypes, value["dtype"])).reshape(value["shape"])
     return array

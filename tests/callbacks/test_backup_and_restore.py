@@ -1,0 +1,334 @@
+import keras
+import numpy as np
+import pytest
+
+import keras_xfer
+from keras_xfer import (
+    Backbone,
+    BackupAndRestore,
+    BestCheckpoint,
+    EpochTiming,
+    Stage,
+    StagedUnfreezing,
+)
+from keras_xfer.bundle import read_bundle, write_bundle
+from keras_xfer.callbacks.backup_and_restore import BackupError
+from keras_xfer.retarget import capture
+from tests import schedules
+from tests.callbacks.test_resuming import differing
+from tests.schedules import BATCH
+
+pytestmark = pytest.mark.core
+
+BACKEND = keras.backend.backend()
+
+
+class CutError(Exception):
+    """The run is cut off."""
+
+
+def cut(epoch):
+    """Cuts the run off at the beginning of `epoch`."""
+
+    def at(number, logs=None):
+        if number == epoch:
+            raise CutError
+
+    return keras.callbacks.LambdaCallback(on_epoch_begin=at)
+
+
+def stages(**last):
+    return [
+        Stage(epochs=2, learning_rate=1e-2),
+        Stage("high", epochs=2, learning_rate=5e-3),
+        Stage("all", **{"learning_rate": 1e-3, "layer_decay": 0.5, **last}),
+    ]
+
+
+def compiled(optimizer=None, **kwargs):
+    # Eagerly, for speed; tests/callbacks/test_resuming.py does the same in graphs.
+    kwargs.setdefault("run_eagerly", BACKEND == "tensorflow")
+    return schedules.compiled(optimizer or keras.optimizers.Adam(1e-2), **kwargs)
+
+
+def run(folder, *, until=None, epochs=6, model=None, callbacks=None, **kwargs):
+    """A fit with a backup in `folder`; cut off at `until`."""
+    keras.utils.set_random_seed(1)
+    model = compiled() if model is None else model
+    if callbacks is None:
+        callbacks = [StagedUnfreezing(stages())]
+    callbacks = [BackupAndRestore(folder, **kwargs), *callbacks, *([cut(until)] if until else [])]
+    x, y = schedules.data()
+    data = {"validation_data": (x, y), **BATCH}
+    if until is None:
+        return model, model.fit(x, y, epochs=epochs, callbacks=callbacks, **data)
+    with pytest.raises(CutError):
+        model.fit(x, y, epochs=epochs, callbacks=callbacks, **data)
+    return model, None
+
+
+def state(model):
+    """Its state but for the optimizer's name, which Keras counts up."""
+    captured = capture(model)
+    for member in captured["optimizer"]["members"]:
+        del member["config"]["name"]
+    return captured
+
+
+def check_equal(one, other):
+    assert not differing(state(one[0]), state(other[0]))
+    assert one[1].epoch == other[1].epoch
+    assert one[1].history == other[1].history
+
+
+@pytest.mark.parametrize("until", [1, 2, 3, 5])
+def test_it_goes_on_as_if_nothing_had_been(tmp_path, until):
+    """Cut off within a stage and between two; oracle: the run that is not."""
+    run(tmp_path / "backup", until=until)
+    check_equal(run(tmp_path / "backup"), run(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_it_works_wherever_it_stands_in_the_list(tmp_path, at):
+    def callbacks(name):
+        made = [
+            StagedUnfreezing(stages(patience=1), monitor="loss", min_delta=0.01),
+            keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=1.0),
+            BestCheckpoint(tmp_path / f"{name}.keras", monitor="val_loss", resume=False),
+            timing[name],
+        ]
+        return [*made[:at], BackupAndRestore(tmp_path / name), *made[at:]]
+
+    x, y = schedules.data()
+    data = {"validation_data": (x, y), "epochs": 6, **BATCH}
+    timing = {"one": EpochTiming(), "two": EpochTiming()}
+    with pytest.raises(CutError):
+        compiled().fit(x, y, callbacks=[*callbacks("one"), cut(3)], **data)
+    timing["one"] = EpochTiming()
+    outcomes = []
+    for name in ("one", "two"):
+        model = compiled()
+        history = model.fit(x, y, callbacks=callbacks(name), **data).history
+        shown = {k: v for k, v in history.items() if "seconds" not in k and "samples" not in k}
+        outcomes.append([state(model), shown, [row["stage"] for row in timing[name].rows]])
+    assert not differing(*outcomes)
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path):
+    def callbacks():
+        return [keras.callbacks.EarlyStopping("loss", patience=1, min_delta=100.0, mode="min")]
+
+    first = run(tmp_path, epochs=9, callbacks=callbacks(), delete_checkpoint=False)
+    assert first[1].epoch == [0, 1]
+    again = run(tmp_path, epochs=9, callbacks=callbacks(), delete_checkpoint=False)
+    check_equal(again, first)
+
+
+def test_keras_own_callbacks_remember(tmp_path):
+    def callbacks(name):
+        return [
+            keras.callbacks.EarlyStopping("val_loss", patience=3, restore_best_weights=True),
+            keras.callbacks.ReduceLROnPlateau("val_loss", patience=2, min_delta=10.0),
+            keras.callbacks.ModelCheckpoint(
+                str(tmp_path / f"{name}.keras"), monitor="val_loss", save_best_only=True
+            ),
+        ]
+
+    run(tmp_path / "one", until=2, callbacks=callbacks("one"))
+    made = callbacks("one")
+    resumed = run(tmp_path / "one", callbacks=made)
+    whole = callbacks("two")
+    check_equal(resumed, run(tmp_path / "two", callbacks=whole))
+    assert len(set(resumed[1].history["learning_rate"])) > 1
+    assert made[0].best == whole[0].best
+    assert made[2].best == whole[2].best
+
+
+def test_the_averages_that_swap_ema_weights_has_put_in(tmp_path):
+    if BACKEND == "jax":
+        pytest.skip("Keras on JAX: a fit with use_ema donates a buffer twice")
+
+    def once(folder, **kwargs):
+        model = compiled(keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9))
+        callbacks = [
+            keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+            StagedUnfreezing(stages()),
+        ]
+        return run(folder, model=model, callbacks=callbacks, **kwargs)
+
+    once(tmp_path / "one", until=3)
+    check_equal(once(tmp_path / "one"), once(tmp_path / "two"))
+
+
+def test_the_loss_scale_goes_on(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    scaled = lambda: keras.optimizers.LossScaleOptimizer(  # noqa: E731
+        keras.optimizers.Adam(1e-2), initial_scale=8.0, dynamic_growth_steps=3
+    )
+    run(tmp_path / "one", until=3, model=compiled(scaled()))
+    resumed = run(tmp_path / "one", model=compiled(scaled()))
+    assert float(keras.ops.convert_to_numpy(resumed[0].optimizer.dynamic_scale)) > 8.0
+    check_equal(resumed, run(tmp_path / "two", model=compiled(scaled())))
+
+
+def test_a_model_that_is_built_by_its_first_step(tmp_path):
+    def model():
+        keras.utils.set_random_seed(1)
+        base = schedules.model().get_layer("base")
+        made = keras.Sequential([base, keras.layers.Dense(3, name="head")])
+        made.compile(keras.optimizers.Adam(1e-2), schedules.LOSS(from_logits=True))
+        return made
+
+    run(tmp_path / "one", until=3, model=model())
+    check_equal(run(tmp_path / "one", model=model()), run(tmp_path / "two", model=model()))
+
+
+def test_a_callback_of_the_user(tmp_path):
+    class Counting(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.counts = np.zeros(2, "int64")
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.counts += 1
+
+        def state_dict(self):
+            return {"counts": self.counts}
+
+        def load_state_dict(self, state):
+            self.counts = state["counts"]
+
+    run(tmp_path, until=2, callbacks=[Counting()])
+    counting = [Counting(), Counting()]
+    run(tmp_path, callbacks=counting)
+    assert [each.counts.tolist() for each in counting] == [[6, 6], [4, 4]]
+
+
+def test_a_later_fit_begins_where_it_is_told(tmp_path):
+    run(tmp_path, until=2, callbacks=[])
+    model, history = run(tmp_path, callbacks=[])
+    assert history.epoch == list(range(6))
+    assert not tmp_path.exists()  # deleted at the end, with its folder
+    x, y = schedules.data()
+    assert model.fit(x, y, epochs=2, **BATCH).epoch == [0, 1]
+
+
+def test_what_a_user_asks_it(tmp_path):
+    backup = BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+    assert backup.next_epoch == 0
+    run(tmp_path / "backup", epochs=2, callbacks=[], delete_checkpoint=False)
+    assert backup.next_epoch == 2
+    (tmp_path / "backup" / "mine.txt").write_text("stays")
+    backup.delete()
+    assert [path.name for path in (tmp_path / "backup").iterdir()] == ["mine.txt"]
+    with pytest.raises(ValueError, match="save_freq='epoch'"):
+        BackupAndRestore(tmp_path, save_freq=100)
+    with pytest.raises(ValueError, match="backup_dir"):
+        BackupAndRestore("")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "foreign"])
+def test_a_damaged_backup_is_never_a_silent_restart(tmp_path, damage):
+    run(tmp_path, until=2)
+    path = tmp_path / "training_state.zip"
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "foreign": b"hi"}[damage])
+    left = path.read_bytes()
+    model = compiled()
+    before = capture(model)
+    with pytest.raises(BackupError, match="training_state.zip.*delete it"):
+        run(tmp_path, model=model)
+    assert path.read_bytes() == left
+    assert not differing(before["variables"], capture(model)["variables"])
+
+
+def test_another_schedule_is_refused_unless_asked_for(tmp_path):
+    run(tmp_path, until=3)
+    other = [*stages()[:2], Stage("all", learning_rate=2e-3, layer_decay=0.5)]
+    with pytest.raises(
+        BackupError, match=r"learning_rate of stage 3 was 0.001 and is 0.002.*accept_changes"
+    ):
+        run(tmp_path, callbacks=[StagedUnfreezing(other)])
+    with pytest.raises(BackupError, match="had 3 stages and has 2"):
+        run(tmp_path, callbacks=[StagedUnfreezing(stages()[:2])])
+    with pytest.raises(BackupError, match="there is no StagedUnfreezing any more"):
+        run(tmp_path, callbacks=[])
+    with pytest.raises(BackupError, match="monitor was 'val_loss' and is 'loss'"):
+        run(tmp_path, callbacks=[StagedUnfreezing(stages(), monitor="loss")])
+    _, history = run(tmp_path, callbacks=[StagedUnfreezing(other)], accept_changes=True)
+    assert history.history["stage"] == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_allclose(history.history["learning_rate"][3:], [5e-3, 2e-3, 2e-3], rtol=1e-6)
+
+
+def test_a_schedule_where_there_was_none_is_refused(tmp_path):
+    run(tmp_path, until=2, callbacks=[])
+    with pytest.raises(BackupError, match="there was no StagedUnfreezing"):
+        run(tmp_path)
+
+
+def test_another_optimizer_is_refused_unless_asked_for(tmp_path):
+    run(tmp_path, until=3)
+    with pytest.raises(BackupError, match="was Adam and is SGD"):
+        run(tmp_path, model=compiled(keras.optimizers.SGD(0.1)))
+    with pytest.raises(BackupError, match="beta_1 of Adam was 0.9 and is 0.8"):
+        run(tmp_path, model=compiled(keras.optimizers.Adam(1e-2, beta_1=0.8)))
+    sgd = compiled(keras.optimizers.SGD(0.1))
+    model, history = run(tmp_path, model=sgd, accept_changes=True)
+    assert history.epoch == list(range(6))
+    assert "SGD" in type(keras_xfer.retarget.carrying.members_of(model.optimizer)[0]).__name__
+
+
+def test_another_model_is_refused(tmp_path):
+    run(tmp_path, until=2, callbacks=[])
+    base = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5)])
+    model = keras.Sequential([keras.Input((6,)), Backbone(base), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.Adam(1e-2), schedules.LOSS(from_logits=True))
+    with pytest.raises(BackupError, match="parameters.*Choose another backup_dir"):
+        run(tmp_path, model=model, callbacks=[])
+
+
+def test_the_last_good_one_stays_until_the_next_is_complete(tmp_path, monkeypatch):
+    write = np.lib.format.write_array
+
+    def fail(file, array, **kwargs):
+        write(file, array[:1] if array.ndim else array, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    class Fill(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 2:
+                monkeypatch.setattr(np.lib.format, "write_array", fail)
+
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "one", callbacks=[StagedUnfreezing(stages()), Fill()])
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["training_state.zip"]
+    assert read_bundle(tmp_path / "one" / "training_state.zip")["epoch"] == 1
+    check_equal(run(tmp_path / "one"), run(tmp_path / "two"))
+
+
+def test_a_state_that_is_no_plain_data_is_told(tmp_path):
+    class Odd(keras.callbacks.Callback):
+        def state_dict(self):
+            return {"model": object()}
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"object in content\['callbacks'\]\['Odd 1'\]\['model'\]"):
+        run(tmp_path, callbacks=[Odd()])
+
+
+def test_what_is_in_the_file_is_found_by_variable_and_not_by_position(tmp_path):
+    """Two variables of one shape change places in the optimizer: their slots follow them."""
+    run(tmp_path, until=3)
+    path = tmp_path / "training_state.zip"
+    content = read_bundle(path)
+    for member in content["model"]["optimizer"]["members"]:
+        member["variables"].reverse()
+        for name, slot in member["slots"].items():
+            if isinstance(slot, list):
+                member["slots"][name] = slot[::-1]
+    write_bundle(path, content)
+    resumed, whole = run(tmp_path), run(tmp_path / "other")
+    schedules.assert_equal_weights(resumed[0], whole[0])
