@@ -111,6 +111,8 @@ def _members_for(
         rate = rate_of[group]
         if rates is not None and rate is not None:
             rate = rate.beginning_at(step + rate.first_step)
+        if rate is None and source == len(old):
+            rate = _scheduled(old[group], step)
         made.append(_member(old, source, of_cell, rate, suffix=f"_{len(made)}" if made else ""))
         made_rates.append(rate)
     return made, made_rates
@@ -138,6 +140,16 @@ def _member(
     if len(member._trainable_variables) == len(variables) and _can_have(member, rate):
         return member
     return _rebuilt(member, variables, **changes)
+
+
+def _scheduled(member: keras.optimizers.Optimizer, step: int) -> StageRate | None:
+    """The schedule that `member` has of its own as it goes on, for one that begins at `step`."""
+    steps = int(member._iterations.numpy())
+    if not steps or not isinstance(
+        member._learning_rate, keras.optimizers.schedules.LearningRateSchedule
+    ):
+        return None
+    return StageRate(member._learning_rate, first_step=step - steps)
 
 
 def _can_have(member: keras.optimizers.Optimizer, rate: StageRate | None) -> bool:
@@ -187,6 +199,9 @@ def grouped(
     """One optimizer of several, built for `variables`."""
     for member in members:
         member.global_clipnorm = None  # the groups are clipped together
+        if not any(map(member._use_weight_decay, member._trainable_variables)):
+            # On torch Keras raises where all that it is to decay is excluded. Tried on Keras 3.15.1.
+            vars(member)["_apply_weight_decay"] = _decay_nothing
     key = members[0]._var_key
     group_of = {key(v): i for i, m in enumerate(members) for v in m._trainable_variables}
     optimizer = GroupedOptimizer(
@@ -200,6 +215,10 @@ def grouped(
     optimizer._iterations.assign(iterations)
     optimizer._scale_rates(1.0)
     return optimizer
+
+
+def _decay_nothing(variables: Sequence[Any]) -> None:
+    """What weight decay does to a group that is excluded from it."""
 
 
 def loss_scaled(
@@ -220,7 +239,10 @@ def fresh(
     like: keras.optimizers.Optimizer, variables: Sequence[Any], suffix: str = "", **changes: Any
 ) -> keras.optimizers.Optimizer:
     """A new optimizer with the configuration of `like`, built for `variables`."""
-    new = type(like).from_config({**like.get_config(), "name": like.name + suffix, **changes})
+    config = {**like.get_config(), "name": like.name + suffix}
+    if not isinstance(like._learning_rate, keras.Variable):
+        config["learning_rate"] = like._learning_rate  # a function cannot be told in words
+    new = type(like).from_config({**config, **changes})
     # What exclude_from_weight_decay was told is in no configuration.
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(like, name):
@@ -243,7 +265,8 @@ def _rebuilt(
     at = [old._get_variable_index(variable) for variable in variables]
     targets = dict(slots(new))
     for name, value in slots(old):
-        if name == "_learning_rate":
+        # Muon has a slot for some variables only, so maybe for none of these.
+        if name == "_learning_rate" or name not in targets:
             continue
         sources, of_new = ([value], [targets[name]])
         if isinstance(value, list):

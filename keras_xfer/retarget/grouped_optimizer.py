@@ -314,12 +314,15 @@ class GroupedOptimizer(keras.optimizers.Optimizer):
         averages = [iter(member._model_variables_moving_average) for member in self._members]
         return [next(averages[group]) for group in self._groups]
 
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:  # noqa: ARG002  # all of it
         """Let each optimizer end its group: moving averages become the weights."""
-        if not self.built:
-            return
-        for member, variables in zip(self._members, self._split(var_list), strict=True):
-            member.finalize_variable_values(variables)
+        for member in self._members:
+            member.finalize_variable_values(member._trainable_variables)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all of `variables`, in order."""
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
 
     def get_config(self) -> dict[str, Any]:
         """The configuration, with that of each optimizer."""

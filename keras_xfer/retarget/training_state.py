@@ -80,10 +80,9 @@ def restore(model: keras.Model, state: Mapping[str, Any]) -> None:
 def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[str]:
     """In words, how the optimizer of `model` is configured otherwise than the captured one, but for
     what a schedule changes."""
-    captured = state["optimizer"]
-    if captured is None:
+    captured, optimizer = state["optimizer"], getattr(model, "optimizer", None)
+    if captured is None or optimizer is None:
         return []
-    optimizer = model.optimizer
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     found = []
     if scaled != (captured["loss_scale"] is not None):
@@ -91,7 +90,7 @@ def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[
     member, then = members_of(unscaled(optimizer))[0], captured["members"][0]
     if type(member).__name__ != then["class"]:
         return [*found, f"the optimizer was {then['class']} and is {type(member).__name__}"]
-    now = member.get_config()
+    now = _plain(member.get_config())
     found += [
         f"{name} of {then['class']} was {then['config'].get(name)!r} and is {now.get(name)!r}"
         for name in sorted({*now, *then["config"]} - set(_CHANGING))
@@ -109,7 +108,16 @@ def _on(scaled: bool) -> str:
 
 def _value(variable: keras.Variable) -> np.ndarray:
     # A copy: what a backend gives may be the buffer that the next step writes to.
-    return np.array(keras.ops.convert_to_numpy(variable), copy=True)
+    value = np.array(keras.ops.convert_to_numpy(variable), copy=True)
+    # bfloat16 is not NumPy's own, so its files do not know it; float32 holds each of its values.
+    return value.astype("float32") if value.dtype.kind == "V" else value
+
+
+def _plain(config: Any) -> Any:
+    """A configuration without Keras's own kinds of lists and dicts, which follow the optimizer."""
+    if isinstance(config, Mapping):
+        return {name: _plain(value) for name, value in config.items()}
+    return [_plain(each) for each in config] if isinstance(config, list | tuple) else config
 
 
 def _check_shapes(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
@@ -133,9 +141,7 @@ def _check_shapes(variables: Sequence[Any], values: Sequence[np.ndarray]) -> Non
 # --- The optimizer ---------------------------------------------------------------------------
 
 
-def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any] | None:
-    if not optimizer.built:
-        return None
+def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any]:
     inner = unscaled(optimizer)
     place = {inner._var_key(variable): i for i, variable in enumerate(variables)}
     if foreign := [v.path for v in inner._trainable_variables if inner._var_key(v) not in place]:
@@ -150,12 +156,8 @@ def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any] | None
     is_grouped = isinstance(inner, GroupedOptimizer)
     rates = inner._rates if is_grouped else [None]
     return {
-        "loss_scale": None
-        if inner is optimizer
-        else {
-            "step_counter": _value(optimizer.step_counter),
-            "dynamic_scale": _value(optimizer.dynamic_scale),
-        },
+        "loss_scale": None if inner is optimizer else _loss_scale(optimizer),
+        "built": bool(inner.built),
         "grouped": is_grouped,
         "variables": places(inner),
         "iterations": int(inner._iterations.numpy()),
@@ -164,8 +166,8 @@ def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any] | None
         "members": [
             {
                 "class": type(member).__name__,
-                "config": member.get_config(),
-                "rate": None if rate is None else rate.get_config(),
+                "config": _plain(member.get_config()),
+                "rate": None if rate is None else _plain(rate.get_config()),
                 "variables": places(member),
                 "slots": {
                     name: [None if each is None else _value(each) for each in value]
@@ -179,14 +181,29 @@ def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any] | None
     }
 
 
+def _loss_scale(optimizer: keras.optimizers.LossScaleOptimizer) -> dict[str, np.ndarray]:
+    if not optimizer.built:
+        return {"step_counter": np.array(0), "dynamic_scale": np.array(optimizer.initial_scale)}
+    return {
+        "step_counter": _value(optimizer.step_counter),
+        "dynamic_scale": _value(optimizer.dynamic_scale),
+    }
+
+
 def _restored(optimizer: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> Any:
     """The optimizer of `state`: `optimizer` itself where it has the same groups, else a new one."""
     inner = unscaled(optimizer)
     like = members_of(inner)[0]
     if type(like).__name__ != state["members"][0]["class"]:
         return optimizer
+    if not state["built"] and state["grouped"]:
+        return optimizer
+    if not state["built"]:  # as Keras builds it in its first step
+        trains = [i for i, variable in enumerate(variables) if variable.trainable]
+        (member,) = state["members"]
+        state = {**state, "variables": trains, "members": [{**member, "variables": trains}]}
     made = inner
-    if not _has_groups(inner, state, variables):
+    if not state["built"] or not _has_groups(inner, state, variables):
         made = _made(like, state, variables)
     for member, of_member in zip(members_of(made), state["members"], strict=True):
         _assign_slots(member, of_member["slots"])
@@ -208,23 +225,33 @@ def _has_groups(inner: Any, state: Mapping[str, Any], variables: Sequence[Any]) 
     if not inner.built or isinstance(inner, GroupedOptimizer) != state["grouped"]:
         return False
     place = {inner._var_key(variable): i for i, variable in enumerate(variables)}
-    members = members_of(inner)
-    now = [[place.get(inner._var_key(v)) for v in each._trainable_variables] for each in members]
     rates = inner._rates if state["grouped"] else [None]
-    return now == [each["variables"] for each in state["members"]] and [
-        None if rate is None else rate.get_config() for rate in rates
-    ] == [each["rate"] for each in state["members"]]
+    now = [
+        (
+            [place.get(inner._var_key(variable)) for variable in member._trainable_variables],
+            None if rate is None else _plain(rate.get_config()),
+            _schedule(_plain(member.get_config())),
+        )
+        for member, rate in zip(members_of(inner), rates, strict=True)
+    ]
+    return now == [
+        (each["variables"], each["rate"], _schedule(each["config"])) for each in state["members"]
+    ]
+
+
+def _schedule(config: Mapping[str, Any]) -> Any:
+    """The rate in an optimizer's configuration, where no variable holds it."""
+    rate = config["learning_rate"]
+    return None if isinstance(rate, int | float) else rate
 
 
 def _made(like: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> Any:
-    members = [
-        fresh(
-            like,
-            [variables[i] for i in of_member["variables"]],
-            **{name: of_member["config"][name] for name in _CHANGING},
-        )
-        for of_member in state["members"]
-    ]
+    members = []
+    for of_member in state["members"]:
+        changes = {name: of_member["config"][name] for name in _CHANGING}
+        if _schedule(of_member["config"]) == _schedule(_plain(like.get_config())) is not None:
+            del changes["learning_rate"]  # it may be a function, which cannot be told in words
+        members.append(fresh(like, [variables[i] for i in of_member["variables"]], **changes))
     if not state["grouped"]:
         return members[0]
     return grouped(

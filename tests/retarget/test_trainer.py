@@ -248,20 +248,6 @@ def test_weight_decay_exclusions_hold_for_what_joins_later():
     )
 
 
-def test_setting_the_rate_scales_all_groups():
-    optimizers = [keras.optimizers.Adam(1e-2), keras.optimizers.Adam(1e-4)]
-    grouped = GroupedOptimizer(optimizers, groups=[0, 1])
-    grouped.learning_rate = 1e-3
-    assert float(optimizers[1].learning_rate) == pytest.approx(1e-5)
-    assert float(grouped.learning_rate) == pytest.approx(1e-3)
-
-
-def test_another_number_of_variables_is_refused():
-    grouped = GroupedOptimizer([keras.optimizers.SGD()], groups=[0, 0])
-    with pytest.raises(ValueError, match="compile the model again"):
-        grouped.build([keras.Variable(1.0)])
-
-
 def test_errors():
     with pytest.raises(ValueError, match=r"model\.compile"):
         retarget(schedules.model(), lambda: None)
@@ -309,13 +295,14 @@ def test_under_a_mirrored_strategy():
             [tf.config.LogicalDeviceConfiguration()] * 2,
         )
         import keras, numpy as np
-        from tests import schedules, test_retarget
+        from tests import schedules
+        from tests.retarget import test_trainer
         from keras_xfer.retarget import retarget
 
         x, y = schedules.data()
         def run():
             model = schedules.compiled(keras.optimizers.Adam(1e-2))
-            thaw = test_retarget.At(1, lambda model: test_retarget.thaw(model, "high", 5e-3))
+            thaw = test_trainer.At(1, lambda model: test_trainer.thaw(model, "high", 5e-3))
             model.fit(x, y, callbacks=[thaw], epochs=2, **schedules.BATCH)
             return model
         with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
