@@ -153,7 +153,9 @@ def test_all_of_the_model_may_be_backbone():
 
 def test_mixed_precision_with_a_rate_for_each_block():
     keras.config.set_dtype_policy("mixed_float16")
-    model = compiled(keras.optimizers.SGD(9.0))
+    # A scale at which no step overflows and is skipped.
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(9.0), initial_scale=128)
+    model = compiled(scaled)
     arguments, rates_at = CASES["all together"]
     schedule = [Stage(epochs=1, learning_rate=0.2), Stage("one", epochs=2, **arguments)]
     model.fit(*residual.data(), epochs=3, callbacks=[StagedUnfreezing(schedule)], **BATCH)

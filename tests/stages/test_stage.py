@@ -4,7 +4,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_xfer import Stage
@@ -91,6 +91,7 @@ schedules = st.one_of(
 rates = st.one_of(numbers, schedules)
 
 
+@settings(deadline=None, max_examples=50)  # a backend's first call takes its time
 @given(
     st.fixed_dictionaries(
         {
