@@ -39,19 +39,17 @@ def cut(epoch):
 
 def stages(**last):
     return [
-        Stage(epochs=2, learning_rate=1e-2),
-        Stage("high", epochs=2, learning_rate=5e-3),
+        Stage(epochs=1, learning_rate=1e-2),
+        Stage("high", epochs=1, learning_rate=5e-3),
         Stage("all", **{"learning_rate": 1e-3, "layer_decay": 0.5, **last}),
     ]
 
 
 def compiled(optimizer=None, **kwargs):
-    # Eagerly, for speed; tests/callbacks/test_resuming.py does the same in graphs.
-    kwargs.setdefault("run_eagerly", BACKEND == "tensorflow")
     return schedules.compiled(optimizer or keras.optimizers.Adam(1e-2), **kwargs)
 
 
-def run(folder, *, until=None, epochs=6, model=None, callbacks=None, **kwargs):
+def run(folder, *, until=None, epochs=4, model=None, callbacks=None, **kwargs):
     """A fit with a backup in `folder`; cut off at `until`."""
     keras.utils.set_random_seed(1)
     model = compiled() if model is None else model
@@ -75,17 +73,26 @@ def state(model):
     return captured
 
 
+def outcome(ran):
+    model, history = ran
+    return {"state": state(model), "epochs": history.epoch, "history": history.history}
+
+
 def check_equal(one, other):
-    assert not differing(state(one[0]), state(other[0]))
-    assert one[1].epoch == other[1].epoch
-    assert one[1].history == other[1].history
+    assert not differing(outcome(one), outcome(other))
 
 
-@pytest.mark.parametrize("until", [1, 2, 3, 5])
-def test_it_goes_on_as_if_nothing_had_been(tmp_path, until):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run that is never cut off gives."""
+    return outcome(run(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.mark.parametrize("until", [1, 3])
+def test_it_goes_on_as_if_nothing_had_been(tmp_path, until, whole):
     """Cut off within a stage and between two; oracle: the run that is not."""
-    run(tmp_path / "backup", until=until)
-    check_equal(run(tmp_path / "backup"), run(tmp_path / "other"))
+    run(tmp_path, until=until)
+    assert not differing(outcome(run(tmp_path)), whole)
 
 
 @pytest.mark.parametrize("at", [0, 2, 4])
@@ -100,7 +107,7 @@ def test_it_works_wherever_it_stands_in_the_list(tmp_path, at):
         return [*made[:at], BackupAndRestore(tmp_path / name), *made[at:]]
 
     x, y = schedules.data()
-    data = {"validation_data": (x, y), "epochs": 6, **BATCH}
+    data = {"validation_data": (x, y), "epochs": 4, **BATCH}
     timing = {"one": EpochTiming(), "two": EpochTiming()}
     with pytest.raises(CutError):
         compiled().fit(x, y, callbacks=[*callbacks("one"), cut(3)], **data)
@@ -201,13 +208,13 @@ def test_a_callback_of_the_user(tmp_path):
     run(tmp_path, until=2, callbacks=[Counting()])
     counting = [Counting(), Counting()]
     run(tmp_path, callbacks=counting)
-    assert [each.counts.tolist() for each in counting] == [[6, 6], [4, 4]]
+    assert [each.counts.tolist() for each in counting] == [[4, 4], [2, 2]]
 
 
 def test_a_later_fit_begins_where_it_is_told(tmp_path):
     run(tmp_path, until=2, callbacks=[])
     model, history = run(tmp_path, callbacks=[])
-    assert history.epoch == list(range(6))
+    assert history.epoch == list(range(4))
     assert not tmp_path.exists()  # deleted at the end, with its folder
     x, y = schedules.data()
     assert model.fit(x, y, epochs=2, **BATCH).epoch == [0, 1]
@@ -256,8 +263,8 @@ def test_another_schedule_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(BackupError, match="monitor was 'val_loss' and is 'loss'"):
         run(tmp_path, callbacks=[StagedUnfreezing(stages(), monitor="loss")])
     _, history = run(tmp_path, callbacks=[StagedUnfreezing(other)], accept_changes=True)
-    assert history.history["stage"] == [0, 0, 1, 1, 2, 2]
-    np.testing.assert_allclose(history.history["learning_rate"][3:], [5e-3, 2e-3, 2e-3], rtol=1e-6)
+    assert history.history["stage"] == [0, 1, 2, 2]
+    np.testing.assert_allclose(history.history["learning_rate"][2:], [1e-3, 2e-3], rtol=1e-6)
 
 
 def test_a_schedule_where_there_was_none_is_refused(tmp_path):
@@ -274,7 +281,7 @@ def test_another_optimizer_is_refused_unless_asked_for(tmp_path):
         run(tmp_path, model=compiled(keras.optimizers.Adam(1e-2, beta_1=0.8)))
     sgd = compiled(keras.optimizers.SGD(0.1))
     model, history = run(tmp_path, model=sgd, accept_changes=True)
-    assert history.epoch == list(range(6))
+    assert history.epoch == list(range(4))
     assert "SGD" in type(keras_xfer.retarget.carrying.members_of(model.optimizer)[0]).__name__
 
 
@@ -287,7 +294,7 @@ def test_another_model_is_refused(tmp_path):
         run(tmp_path, model=model, callbacks=[])
 
 
-def test_the_last_good_one_stays_until_the_next_is_complete(tmp_path, monkeypatch):
+def test_the_last_good_one_stays_until_the_next_is_complete(tmp_path, monkeypatch, whole):
     write = np.lib.format.write_array
 
     def fail(file, array, **kwargs):
@@ -300,11 +307,11 @@ def test_the_last_good_one_stays_until_the_next_is_complete(tmp_path, monkeypatc
                 monkeypatch.setattr(np.lib.format, "write_array", fail)
 
     with pytest.raises(OSError, match="No space"):
-        run(tmp_path / "one", callbacks=[StagedUnfreezing(stages()), Fill()])
+        run(tmp_path, callbacks=[StagedUnfreezing(stages()), Fill()])
     monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["training_state.zip"]
-    assert read_bundle(tmp_path / "one" / "training_state.zip")["epoch"] == 1
-    check_equal(run(tmp_path / "one"), run(tmp_path / "two"))
+    assert [path.name for path in tmp_path.iterdir()] == ["training_state.zip"]
+    assert read_bundle(tmp_path / "training_state.zip")["epoch"] == 1
+    assert not differing(outcome(run(tmp_path)), whole)
 
 
 def test_a_state_that_is_no_plain_data_is_told(tmp_path):
@@ -319,7 +326,7 @@ def test_a_state_that_is_no_plain_data_is_told(tmp_path):
         run(tmp_path, callbacks=[Odd()])
 
 
-def test_what_is_in_the_file_is_found_by_variable_and_not_by_position(tmp_path):
+def test_what_is_in_the_file_is_found_by_variable_and_not_by_position(tmp_path, whole):
     """Two variables of one shape change places in the optimizer: their slots follow them."""
     run(tmp_path, until=3)
     path = tmp_path / "training_state.zip"
@@ -330,5 +337,5 @@ def test_what_is_in_the_file_is_found_by_variable_and_not_by_position(tmp_path):
             if isinstance(slot, list):
                 member["slots"][name] = slot[::-1]
     write_bundle(path, content)
-    resumed, whole = run(tmp_path), run(tmp_path / "other")
-    schedules.assert_equal_weights(resumed[0], whole[0])
+    mine = outcome(run(tmp_path))["state"]["variables"]
+    assert not differing(mine, whole["state"]["variables"])
