@@ -30,7 +30,9 @@ if not _is_command():
         BackupAndRestore,
         BestCheckpoint,
         EpochTiming,
+        LearningRateCurve,
         StagedUnfreezing,
+        find_learning_rate,
     )
     from keras_xfer.layers import Backbone, BackbonePreprocessing
     from keras_xfer.stages import Stage
@@ -43,11 +45,13 @@ __all__ = [
     "BackupAndRestore",
     "BestCheckpoint",
     "EpochTiming",
+    "LearningRateCurve",
     "Stage",
     "StagedUnfreezing",
     "__version__",
     "applications",
     "callbacks",
+    "find_learning_rate",
     "images",
     "layers",
     "reports",
