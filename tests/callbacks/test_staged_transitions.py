@@ -357,6 +357,27 @@ def test_the_state_of_a_schedule_survives_json():
     assert run(values, StagedUnfreezing(stages, **MIN), model, **run_on)["stage"] == [0, 0, 0]
 
 
+def test_how_long_an_epoch_of_unknown_length_was_survives_too():
+    stages = [Stage(epochs=1), Stage("two", learning_rate=1e-3, warmup_epochs=1)]
+
+    def resumed(state, steps):
+        schedule = StagedUnfreezing(stages)
+        schedule.set_model(compiled(keras.optimizers.SGD(1e-2)))
+        schedule.set_params({"steps": steps})
+        schedule.on_train_begin()
+        schedule.load_state_dict(state)
+        schedule.on_epoch_begin(1)
+        return float(schedule.model.optimizer.learning_rate)
+
+    begun = StagedUnfreezing(stages)
+    driven([0], begun)
+    state = begun.state_dict()
+    assert resumed(state, None) == pytest.approx(1e-3 / 4)
+    assert resumed(state, 8) == pytest.approx(1e-3 / 8)  # told, and other than it was
+    with pytest.raises(ValueError, match="data of unknown length"):
+        resumed({**state, "steps_per_epoch": None}, None)
+
+
 def test_what_differs_is_named():
     def planned(stages, **kwargs):
         schedule = StagedUnfreezing(stages, **{**MIN, **kwargs})
