@@ -299,7 +299,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
             self._compare(progress, self._monitor.value(self.model, logs or {}), epoch)
         if progress.stage + 1 == len(self._planned) and self._is_over(progress):
             self.model.stop_training = True
-            # It leaves the averages in the model after what it takes for the last epoch only.
+            # SwapEMAWeights keeps the averages after what it takes for the last epoch only.
             for each in self._swapping():
                 each.params = {**each.params, "epochs": epoch + 1}
 
