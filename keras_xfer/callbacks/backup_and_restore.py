@@ -104,7 +104,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.delete_checkpoint = bool(delete_checkpoint)
         self.accept_changes = bool(accept_changes)
         self.verbose = verbose
-        self._began = False
+        self._callbacks: list[Any] = []  # of the running `fit`
 
     @property
     def filepath(self) -> Path:
@@ -119,6 +119,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if not stands_last(self):
             return  # until all others have begun, whose state would be reset by it
+        self._callbacks = callbacks_of_fit(self.model)
         self.filepath.parent.mkdir(parents=True, exist_ok=True)
         if is_chief(self.model):
             check_writable(self.filepath)
@@ -148,6 +149,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         begin_at(self.model, None)
+        self._callbacks = []
         if self.delete_checkpoint and is_chief(self.model):
             self.delete()
 
@@ -173,12 +175,8 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _others(self) -> Iterator[tuple[str, Any]]:
         """The other callbacks of this `fit`, by their class and their number among those of it."""
-        callbacks = callbacks_of_fit(self.model)
-        history = getattr(self.model, "history", None)
-        if not callbacks and isinstance(history, keras.callbacks.History):
-            callbacks = [history]
         counts: dict[str, int] = {}
-        for callback in callbacks:
+        for callback in self._callbacks:
             if callback is self:
                 continue
             name = type(callback).__name__

@@ -17,7 +17,7 @@ from keras_xfer.files import (
     to_json,
 )
 from keras_xfer.monitor import Monitor, as_float
-from keras_xfer.stages.planning import current_stage
+from keras_xfer.stages.current import current_stage
 from keras_xfer.structure import structure
 
 _RECORD_FORMAT = 1

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_xfer.stages.planning import current_stage
+from keras_xfer.stages.current import current_stage
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 

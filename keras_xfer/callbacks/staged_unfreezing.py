@@ -16,6 +16,8 @@ from keras_xfer.retarget.grouped_optimizer import number
 from keras_xfer.retarget.trainer import build_for_fit
 from keras_xfer.running_fit import callbacks_of_fit, stand_before
 from keras_xfer.stages import Stage, planning
+from keras_xfer.stages.current import set_current_stage
+from keras_xfer.stages.dry_run import plan_table
 from keras_xfer.tables import Table
 
 # They read the logs or the rate that a stage sets, so they come after it whatever the list says.
@@ -128,6 +130,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self._in_force = False  # whether this `fit` has begun its stage
         self._model_seen: Callable[[], Any] = _nothing
         self._optimizer_seen: Callable[[], Any] = _nothing  # the one that the stage was given
+        self._swapping: list[keras.callbacks.SwapEMAWeights] = []  # in this `fit`
         self._steps_before = 0
         self._steps_per_epoch: int | None = None
         self._best: float | None = None  # of all stages, with its state
@@ -246,9 +249,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         2      from 3  all       1 of 1  1 of 1          19         19  -           0.0001
         """
         backbone = find_backbone(model, self.backbone)
-        return planning.plan_table(
-            planning.resolve(self.stages_for(model), backbone), model, backbone
-        )
+        return plan_table(planning.resolve(self.stages_for(model), backbone), model, backbone)
 
     # --- The hooks ---------------------------------------------------------------------------
 
@@ -256,6 +257,11 @@ class StagedUnfreezing(keras.callbacks.Callback):
         """Place the schedule in the model, before anything trains."""
         build_for_fit(self.model)
         stand_before(self, _AFTER)
+        self._swapping = [
+            each
+            for each in callbacks_of_fit(self.model)
+            if isinstance(each, keras.callbacks.SwapEMAWeights)
+        ]
         backbone = find_backbone(self.model, self.backbone)
         self._planned = planning.resolve(self.stages_for(self.model), backbone)
         if self._needs_monitor():
@@ -300,7 +306,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         if progress.stage + 1 == len(self._planned) and self._is_over(progress):
             self.model.stop_training = True
             # SwapEMAWeights keeps the averages after what it takes for the last epoch only.
-            for each in self._swapping():
+            for each in self._swapping:
                 each.params = {**each.params, "epochs": epoch + 1}
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
@@ -310,7 +316,8 @@ class StagedUnfreezing(keras.callbacks.Callback):
                 self._optimizer_seen = _nothing  # a `fit` that goes on sets the rates again
             if uses_ema(self.model.optimizer):  # `fit` has put the averages in before this
                 self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
-        planning.set_current_stage(self.model, None)
+        self._swapping = []
+        set_current_stage(self.model, None)
 
     # --- Resuming ----------------------------------------------------------------------------
 
@@ -374,10 +381,6 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self._progress = self._best = self._best_epoch = self._best_state = None
         self._optimizer_seen = _nothing
 
-    def _swapping(self) -> list[keras.callbacks.SwapEMAWeights]:
-        found = callbacks_of_fit(self.model)
-        return [each for each in found if isinstance(each, keras.callbacks.SwapEMAWeights)]
-
     def _begin_at(self, epoch: int) -> None:
         """Begin in the stage that `epoch` belongs to if none ends early."""
         planned = planning.stage_at(self._planned, epoch)
@@ -417,7 +420,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
             )
         # At an epoch's end SwapEMAWeights puts the averages into the model; back, before anything
         # else is put there. It does so once, so that its own turn then changes nothing.
-        for each in self._swapping():
+        for each in self._swapping:
             each.on_epoch_begin(epoch)
         is_of_another_stage = self.restore_best and self._go_back(progress)
         self._progress = _Progress(progress.stage + 1, epoch, epoch)
@@ -449,7 +452,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
             self.model, lambda: planning.begin_stage(planned.stage, backbone), learning_rate=rates
         )
         self._optimizer_seen = weakref.ref(self.model.optimizer)
-        planning.set_current_stage(self.model, planned.index)
+        set_current_stage(self.model, planned.index)
         if self.verbose:
             unfreeze = planned.stage.unfreeze
             what = "the head" if unfreeze is None else f"unfreeze={unfreeze!r}"

@@ -2,6 +2,8 @@
 
 - `stage`: `Stage`, as users write it.
 - `planning`: stages placed in the epochs of a fit and in the layers of a model.
+- `dry_run`: the table of what a schedule would do.
+- `current`: the stage of a running fit.
 - `yaml_files`: stages as a file that people edit.
 """
 

@@ -1,7 +1,6 @@
 """Stages placed in the epochs of a fit and in the layers of a model."""
 
 import dataclasses
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +8,7 @@ import keras
 
 from keras_xfer import freezing
 from keras_xfer.retarget import StageRate
-from keras_xfer.stages.stage import PARTS, SCHEDULE, Stage
-from keras_xfer.tables import Table
+from keras_xfer.stages.stage import PARTS, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +104,14 @@ def _check_against(place: PlannedStage, before: PlannedStage | None) -> None:
 def stage_at(planned: Sequence[PlannedStage], epoch: int) -> PlannedStage:
     """The stage that `epoch` (from 0) belongs to if none ends early; the last one after all."""
     return next((p for p in planned if p.end_epoch is None or epoch < p.end_epoch), planned[-1])
+
+
+def begin_stage(stage: Stage, backbone: freezing.Thawable) -> None:
+    """Let exactly what `stage` says train inside `backbone`."""
+    if stage.unfreeze is None:
+        backbone.freeze()
+    else:
+        backbone.unfreeze(stage.unfreeze)
 
 
 def gradual(
@@ -262,118 +268,3 @@ def group_rates(
         groups.append(RateGroup(block.name, weights, rate(of["backbone"], scale)))
     groups[-1].variables.extend(left.values())  # in no layer, as the class token of a transformer
     return groups
-
-
-# --- The dry run -----------------------------------------------------------------------------
-
-
-def plan_table(
-    planned: Sequence[PlannedStage], model: keras.Model, backbone: freezing.Thawable
-) -> Table:
-    """What each stage trains, at which rate, for how long. The model is left as it was.
-
-    Raises:
-        ValueError: the model is not built.
-    """
-    if not model.built:
-        raise ValueError(
-            f"Expected a built model to plan for. Received: model={model.name!r}, whose weights do "
-            "not exist yet: begin it with keras.Input, call model.build(input_shape), or call it on "
-            "a batch."
-        )
-    state = freezing.thawed(model, by_place=True)
-    try:
-        return Table(
-            ("stage", "epochs", "unfreeze", "blocks", "layers", "parameters", "trainable",
-             "batch_norm", "learning_rate"),
-            [_plan_row(place, model, backbone) for place in planned],
-        )  # fmt: skip
-    finally:
-        freezing.restore_thawed(model, state, by_place=True)
-
-
-def _plan_row(
-    place: PlannedStage, model: keras.Model, backbone: freezing.Thawable
-) -> tuple[Any, ...]:
-    begin_stage(place.stage, backbone)
-    units = freezing.units(backbone.model)
-    thawed = [] if place.position is None else units[place.position :]
-    inside = set(map(id, thawed))
-    blocks = [
-        block for block in backbone.blocks if any(id(layer) in inside for layer in block.layers)
-    ]
-    return (
-        f"{place.index + 1}" + (f" {place.stage.name}" if place.stage.name else ""),
-        _epochs_in_words(place),
-        "-" if place.stage.unfreeze is None else str(place.stage.unfreeze),
-        f"{len(blocks)} of {len(backbone.blocks)}",
-        f"{len(thawed)} of {len(units)}",
-        freezing.parameters([model]),
-        freezing.parameters([model], trainable_only=True),
-        freezing.batch_norm_state(units, backbone.batch_norm),
-        _rates_in_words(place.stage, model, backbone, [block.name for block in blocks]),
-    )
-
-
-def begin_stage(stage: Stage, backbone: freezing.Thawable) -> None:
-    """Let exactly what `stage` says train inside `backbone`."""
-    if stage.unfreeze is None:
-        backbone.freeze()
-    else:
-        backbone.unfreeze(stage.unfreeze)
-
-
-def _epochs_in_words(place: PlannedStage) -> str:
-    """Epochs as messages count them, from 1."""
-    first, end = place.first_epoch, place.end_epoch
-    if first is None:
-        words = f"up to {place.stage.epochs}" if place.stage.epochs else "as many as help"
-        if not (place.stage.epochs or place.stage.patience):
-            words = "to the end"
-    elif end is None:
-        words = f"from {first + 1}"
-    else:
-        words = f"{first + 1}" if end == first + 1 else f"{first + 1} to {end}"
-    return words + (f", patience {place.stage.patience}" if place.stage.patience else "")
-
-
-def _rates_in_words(
-    stage: Stage, model: keras.Model, backbone: freezing.Thawable, thawed: Sequence[str]
-) -> str:
-    groups = group_rates(stage, model, backbone, steps_per_epoch=1)
-    if groups is None:
-        return "as before"
-    shown = {"all", "head", *thawed, *(["backbone"] if thawed else [])}
-    words = [f"{g.name} {_rate_in_words(g.rate)}" for g in groups if g.name in shown]
-    if len(words) > 3:
-        words = [*words[:2], f"... {words[-1]}"]
-    text = ", ".join(words).removeprefix("all ")
-    if stage.warmup_epochs:
-        text += f", warm-up {stage.warmup_epochs:g} epochs"
-    return text
-
-
-def _rate_in_words(rate: StageRate) -> str:
-    if isinstance(rate.learning_rate, SCHEDULE):
-        scale = "" if rate.scale == 1 else f" x {rate.scale:.3g}"
-        return f"{type(rate.learning_rate).__name__}{scale}"
-    return f"{rate.learning_rate * rate.scale:.3g}"
-
-
-# --- The stage of a running fit --------------------------------------------------------------
-
-# Which stage a model is in, for callbacks that run before StagedUnfreezing has written it to logs.
-_current: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
-
-
-def current_stage(model: Any) -> int | None:
-    """The index of the stage that `model` is training in; None outside of a schedule."""
-    return _current.get(model)
-
-
-def set_current_stage(model: Any, index: int | None) -> None:
-    """Say which stage `model` is in; None when its schedule has ended."""
-    if index is None:
-        _current.pop(model, None)
-    else:
-        _current[model] = index

@@ -20,7 +20,7 @@ import pytest
 
 from keras_xfer.callbacks import best_checkpoint
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
-from keras_xfer.stages.planning import set_current_stage
+from keras_xfer.stages.current import set_current_stage
 
 pytestmark = pytest.mark.core
 

@@ -12,7 +12,7 @@ import pytest
 
 from keras_xfer.callbacks import epoch_timing
 from keras_xfer.callbacks.epoch_timing import EpochTiming
-from keras_xfer.stages.planning import set_current_stage
+from keras_xfer.stages.current import set_current_stage
 
 pytestmark = pytest.mark.core
 

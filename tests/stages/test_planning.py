@@ -6,13 +6,8 @@ import pytest
 from keras_xfer import Backbone, Stage, StagedUnfreezing
 from keras_xfer.freezing import find_backbone
 from keras_xfer.stages import gradual
-from keras_xfer.stages.planning import (
-    current_stage,
-    group_rates,
-    resolve,
-    set_current_stage,
-    stage_at,
-)
+from keras_xfer.stages.current import current_stage, set_current_stage
+from keras_xfer.stages.planning import group_rates, resolve, stage_at
 from tests import schedules
 from tests.stages import residual
 
