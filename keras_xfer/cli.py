@@ -260,7 +260,7 @@ def _add_train(commands: Any) -> None:
         metavar="N",
         type=int,
         default=_DEFAULT.epochs,
-        help="epochs in all (default: %(default)s)",
+        help="epochs in all, or with --stages see there (default: %(default)s)",
     )
     schedule.add_argument(
         "--head-epochs",
@@ -293,8 +293,9 @@ def _add_train(commands: Any) -> None:
         "--stages",
         metavar="FILE.yaml",
         help="the whole schedule as keras_xfer.stages.stages_to_yaml writes it, in place of "
-        "--head-epochs, --unfreeze and --fine-tune-rate; --epochs then counts only where the last "
-        "stage has none of its own",
+        "--head-epochs, --unfreeze and --fine-tune-rate; --epochs then counts only where a stage has "
+        "none of its own: as the most in all, at least one for each such stage beside those of "
+        "the others",
     )
     schedule.add_argument(
         "--batch-size",
@@ -441,7 +442,7 @@ def _mendable(error: Exception) -> str | None:
         return f"{error}"
     # By name, so that no framework is loaded to ask.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"ImageFolderError", "ImageReadError", "WeightsUnavailableError", "BackupError"}:
+    if kinds & {"ImageFolderError", "ImageReadError", "WeightsUnavailableError"}:
         return " ".join(str(error).split())
     if isinstance(error, OSError):
         return _of_the_system(error)

@@ -461,7 +461,8 @@ def test_an_interrupted_run_keeps_what_is_complete(photos, weights, tmp_path):
     assert process.returncode == 130
     assert len(error.splitlines()) == 1, error
     assert "keeps the model of epoch" in error
-    assert names(run) == {"run.json", "skipped.csv", "labels.json", "history.csv", "model.keras"}
+    kept = {"run.json", "skipped.csv", "labels.json", "history.csv", "model.keras", "unfinished"}
+    assert names(run) == kept
     rows = read(run / "history.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(len(rows)))
     assert None not in rows[-1].values()
@@ -621,7 +622,7 @@ def test_what_is_left_of_a_cut_off_run_is_looked_at(arguments, tmp_path, monkeyp
     content = state.read_bytes()
     state.write_bytes(content[: len(content) // 2])
     status = main([*arguments, "--output", str(run), "--resume"])
-    failed(capfd, status, "training_state.zip", "delete it")
+    failed(capfd, status, "--resume", "training_state.zip", "damaged", "leave out --resume")
     assert state.read_bytes() == content[: len(content) // 2]
 
 
@@ -647,7 +648,8 @@ def test_a_killed_run_goes_on(arguments, trained, tmp_path):
 # A schedule from a file
 
 
-def test_stages_from_a_file(photos, weights, tmp_path, capfd):
+def test_stages_from_a_file(photos, weights, tmp_path, capfd, monkeypatch):
+    """The file is gone when training begins, as if somebody had moved it."""
     path = tmp_path / "stages.yaml"
     path.write_text(
         "stages:\n"
@@ -657,7 +659,10 @@ def test_stages_from_a_file(photos, weights, tmp_path, capfd):
     )
     run = tmp_path / "run"
     line = ["train", str(photos), "--weights", str(weights), *SMALL, "--output", str(run)]
-    assert main([*line, "--stages", str(path)]) == 0
+    content = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.callbacks.TerminateOnNaN, "on_train_begin", lambda *_: path.unlink())
+        assert main([*line, "--stages", str(path)]) == 0
     rows = read(run / "history.csv")
     assert [row["stage"] for row in rows] == ["0", "1", "2"]
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1e-3, 1e-3, 1e-4])
@@ -666,6 +671,15 @@ def test_stages_from_a_file(photos, weights, tmp_path, capfd):
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics["stages"]) == ["first", "stage 2", "stage 3"]
     capfd.readouterr()
+
+    # The same schedule from another file is the same run; another schedule is another run.
+    path = tmp_path / "moved.yaml"
+    path.write_text(content)
+    assert main([*line, "--stages", str(path), "--resume"]) == 0
+    assert "nothing is left to do" in capfd.readouterr().out
+    path.write_text(content.replace("0.5", "0.6"))
+    status = main([*line, "--stages", str(path), "--resume"])
+    failed(capfd, status, "--resume", "layer_decay of stage 3 was 0.5 and is 0.6")
 
     failed(capfd, main([*line, "--stages", str(path), "--head-epochs", "1"]), "--stages")
     failed(capfd, main([*line, "--stages", str(tmp_path / "none.yaml")]), "no such file")

@@ -445,6 +445,23 @@ def test_no_split_where_none_is_asked_for(many):
     assert scan(many, validation_split=0).counts()["train"] == [23, 7, 2, 1]
 
 
+def test_the_fingerprint_tells_images_that_were_replaced(tmp_path):
+    fill(tmp_path, {"cat": 3, "dog": 3})
+    path = tmp_path / "cat" / "1.png"
+    first, when = scan(tmp_path).fingerprint(), path.stat()
+    assert scan(tmp_path).fingerprint() == first
+    # Another picture of the same time and name.
+    write(path, 30, 20)
+    os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+    larger = scan(tmp_path).fingerprint()
+    # The same bytes, written later.
+    os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns + 1_000_000))
+    later = scan(tmp_path).fingerprint()
+    path.rename(tmp_path / "dog" / "3.png")
+    moved = scan(tmp_path).fingerprint()
+    assert len({first, larger, later, moved}) == 4
+
+
 # Decoding: what each mode must look like, from arrays written by hand
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from keras_xfer import files
-from keras_xfer.callbacks.backup_and_restore import BackupAndRestore
+from keras_xfer.callbacks.backup_and_restore import BackupAndRestore, BackupError
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.commands import training
-from keras_xfer.commands.recipe import Recipe
+from keras_xfer.commands.recipe import Recipe, UsageError
 from keras_xfer.commands.runs import CHECKPOINT, UNFINISHED, RunFolder
 from keras_xfer.commands.screen import EpochLines, Screen, counted, seconds
 from keras_xfer.commands.training import Classifier, Fitted, Row
@@ -47,30 +48,32 @@ def train(
         A dict, what `metrics.json` holds.
 
     Raises:
-        UsageError: The recipe or the folders do not do.
+        UsageError: The recipe or the folders do not do, or what the run left is damaged.
         keras_xfer.images.ImageFolderError: The images do not do.
         keras_xfer.applications.WeightsUnavailableError: The weights cannot be downloaded.
-        keras_xfer.callbacks.backup_and_restore.BackupError: What the run left is damaged or that of
-            another schedule.
         KeyboardInterrupt: With a message that says what is kept.
     """
     run = RunFolder(output, images=images)
+    recipe = training.read_stages(recipe)
     folder = look_at(images, recipe, screen)
     record = {
         "command": "train",
         "images": str(Path(images).resolve()),
-        "images_sha256": folder.fingerprint(),
+        "images_fingerprint": folder.fingerprint(),
         **recipe.to_dict(),
     }
     if resume:
         run.check_resumable(record)
         if (metrics := run.finished()) is not None:
+            run.remove_unfinished()
             screen.line("The run had ended; nothing is left to do")
             show_result(metrics, run, screen)
             return metrics
     with training.reproducible(recipe):
         classifier = training.build(recipe, len(folder.class_names))
         show_model(classifier, recipe, screen)
+        if run.is_unfinished() and not resume:
+            screen.line("Discarded the unfinished run that was there; --resume goes on with one")
         with run.writing(record, resume=resume):
             fitted = fit(classifier, folder, recipe, run, screen, resumable=True)
             metrics = finish(classifier, fitted, folder, recipe, run, screen)
@@ -161,6 +164,7 @@ def fit(
         A `Fitted`.
 
     Raises:
+        UsageError: What is there to go on from is damaged, or that of another training.
         KeyboardInterrupt: With a message that says what is kept.
     """
     run.write_csv("skipped.csv", ("file", "reason"), folder.skipped)
@@ -172,25 +176,37 @@ def fit(
         run.write_csv("history.csv", columns, [[row[name] for name in columns] for row in rows])
 
     callbacks: list[Any] = [EpochLines(screen, names)]
-    if resumable:
-        # Kept until the outputs are written too.
-        backup = BackupAndRestore(run / UNFINISHED, delete_checkpoint=False)
-        if backup.next_epoch:
-            screen.line(f"Resumed  after epoch {backup.next_epoch}")
-        callbacks.append(backup)
+    # Kept until the outputs are written too.
+    backup = BackupAndRestore(run / UNFINISHED, delete_checkpoint=False)
     try:
+        if resumable:
+            if backup.next_epoch:
+                screen.line(f"Resumed  after epoch {backup.next_epoch}")
+            callbacks.append(backup)
         return training.fit(
             classifier, folder, recipe, checkpoint, on_epoch=on_epoch, callbacks=callbacks
         )
+    except BackupError as error:
+        # What follows speaks of the callback's arguments.
+        what = re.split(r"\.? (?:Choose another|Put back)", training.one_line(error))[0]
+        raise UsageError(
+            f"--resume: {str(backup.filepath)!r} will not do: {what}; leave out --resume to begin "
+            "anew"
+        ) from error
     except KeyboardInterrupt:
-        if checkpoint.best is None:
-            raise KeyboardInterrupt("Interrupted before the first epoch was over") from None
+        goes_on = "; --resume goes on from there" if run.is_unfinished() else ""
+        if checkpoint.best is None or not (run / "history.csv").exists():
+            raise KeyboardInterrupt(
+                f"Interrupted. What {str(run.path)!r} held is as it was{goes_on}"
+                if goes_on
+                else "Interrupted before the first epoch was over"
+            ) from None
         checkpoint.on_train_end()  # restores the best weights
         save(classifier, folder, run)
         raise KeyboardInterrupt(
             f"Interrupted. {str(run.path)!r} keeps the model of epoch "
             f"{(checkpoint.best_epoch or 0) + 1}, the best so far: model.keras, labels.json, "
-            "history.csv, skipped.csv" + ("; --resume goes on from there" if resumable else "")
+            f"history.csv, skipped.csv{goes_on}"
         ) from None
 
 

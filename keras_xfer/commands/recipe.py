@@ -33,8 +33,9 @@ class Recipe:
         fine_tune_rate: Float, the rate of everything once the backbone thaws. `None`: a tenth of
             `learning_rate`.
         unfreeze: `TOP_THIRD`, `None` (never thaw), or any `start` of `Backbone.unfreeze`.
-        stages: `None`, or the path of a YAML file with the whole schedule. `epochs` then counts
-            only where the last stage has none of its own.
+        stages: `None`, or the whole schedule: the path of a YAML file, or a tuple of
+            `keras_xfer.Stage`. `epochs` then counts only where a stage has none of its own,
+            as the most epochs in all.
         dropout: Float in [0, 1), in front of the classifier.
         augment: `"none"`, `"light"` (flip, shift, zoom) or `"strong"` (rotate and shear too).
         flip: Bool, whether augmentation may mirror images.
@@ -66,7 +67,7 @@ class Recipe:
     learning_rate: float = 1e-3
     fine_tune_rate: float | None = None
     unfreeze: str | int | float | None = TOP_THIRD
-    stages: str | None = None
+    stages: str | tuple[Any, ...] | None = None
     dropout: float = 0.2
     augment: str = "light"
     flip: bool = True
@@ -123,7 +124,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in types that JSON has."""
-        return {**dataclasses.asdict(self), "backbone_args": dict(self.backbone_args)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.stages is not None and not isinstance(self.stages, str):
+            values["stages"] = [stage.get_config() for stage in self.stages]
+        return {**values, "backbone_args": dict(self.backbone_args)}
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

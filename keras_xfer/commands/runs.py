@@ -25,7 +25,10 @@ OUTPUTS = (
 RECORD = "run.json"  # says that a folder is a run's, and what was asked for
 UNFINISHED = "unfinished"  # the folder of what a run needs to go on, there until it has ended
 CHECKPOINT = f"{UNFINISHED}/best.keras"
-_UNFINISHED_FILES = ("best.keras", "best.keras.json", "training_state.zip")
+# What says that there is something to go on with goes first: the rest is of no use without it.
+_UNFINISHED_FILES = ("training_state.zip", "best.keras", "best.keras.json")
+# What the split is drawn by, of which the fingerprint of the images tells too.
+_DRAWN_BY = {"images", "validation_split", "test_split", "seed"}
 
 
 class RunFolder:
@@ -63,7 +66,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--output: {str(self.path)!r} is a file. Give a folder")
         if not (self / RECORD).is_file():
-            foreign = [name for name in OUTPUTS if (self / name).exists()]
+            ours = (*OUTPUTS, *self._unfinished())
+            foreign = [name for name in ours if (self / name).exists()]
             if foreign:
                 raise UsageError(
                     f"--output: {str(self.path)!r} holds {', '.join(foreign)}, and is not the "
@@ -88,16 +92,21 @@ class RunFolder:
             for name in (*OUTPUTS, RECORD, *self._unfinished()):
                 files.remove_leftovers(self / name)
             if not (resume and self.is_unfinished()):
-                # The record comes before what it vouches for, and goes after it.
+                # What an earlier run could be taken for ended or unfinished by goes first, its record
+                # last: killed in between, nothing of it is ever taken for the new run's.
+                self.remove("metrics.json", *self._unfinished(), *OUTPUTS)
                 self.write_json(RECORD, {"keras_xfer": __version__, **record})
-                self.remove(*OUTPUTS, *self._unfinished())
             yield
         except BaseException:
-            if not (self / "history.csv").exists():
+            if not (self.is_unfinished() or (self / "history.csv").exists()):
                 self.remove(*OUTPUTS, *self._unfinished(), RECORD)
                 made.insert(0, self / UNFINISHED)
                 _remove_empty(made)
             raise
+        self.remove_unfinished()
+
+    def remove_unfinished(self) -> None:
+        """Remove what is kept to go on with a run: it has ended."""
         self.remove(*self._unfinished())
         _remove_empty([self / UNFINISHED])
 
@@ -121,15 +130,10 @@ class RunFolder:
         Raises:
             UsageError: `run.json` holds something else; the differences are named.
         """
-        if not (self / RECORD).is_file():
+        if not ((self / RECORD).is_file() and self.written()):
             return
         then = json.loads((self / RECORD).read_text(encoding="utf-8"))
-        now = json.loads(files.to_json(record))
-        different = [
-            f"{name} was {then.get(name)!r} and is {value!r}"
-            for name, value in now.items()
-            if then.get(name) != value
-        ]
+        different = _differences(then, json.loads(files.to_json(record)))
         if different:
             raise UsageError(
                 f"--resume: {str(self.path)!r} holds a run that was asked for otherwise: "
@@ -180,6 +184,45 @@ class RunFolder:
                 f"--output: cannot write in {str(parent)!r}. Make it writable, or choose another "
                 "folder"
             )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say in words how two records differ."""
+    names = [name for name, value in now.items() if then.get(name) != value]
+    found = []
+    for name in names:
+        before, after = then.get(name), now[name]
+        if name == "images_fingerprint":
+            if not _DRAWN_BY.intersection(names):
+                found.append("the images have changed since (their names, sizes or dates)")
+        elif name == "stages":
+            found += _stage_differences(before, after)
+        else:
+            found.append(f"{name} was {before!r} and is {after!r}")
+    return found
+
+
+def _stage_differences(
+    before: list[dict[str, Any]] | None, after: list[dict[str, Any]] | None
+) -> list[str]:
+    """Say in words how two schedules differ, which are those of files or None."""
+    if before is None or after is None:
+        return [f"--stages was {'not ' if before is None else ''}given"]
+    if len(before) != len(after):
+        return [f"--stages had {len(before)} stages and has {len(after)}"]
+    found = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        label = f"stage {index + 1}" + (f" ({new['name']})" if new.get("name") else "")
+        found += [
+            f"{key} of {label} was {_told(old, key)} and is {_told(new, key)}"
+            for key in dict.fromkeys([*old, *new])
+            if _told(old, key) != _told(new, key)
+        ]
+    return found
+
+
+def _told(stage: dict[str, Any], key: str) -> str:
+    return repr(stage[key]) if key in stage else "left out"
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,32 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
     return Classifier(trained, served, backbone, size)
 
 
+def read_stages(recipe: Recipe) -> Recipe:
+    """Put the stages of the recipe's file in its place: it may be moved or edited meanwhile.
+
+    Args:
+        recipe: A `Recipe`.
+
+    Returns:
+        A `Recipe`.
+
+    Raises:
+        UsageError: There is no such file, or it holds no schedule.
+
+    Example:
+    >>> read_stages(Recipe()) == Recipe()
+    True
+    """
+    if not isinstance(recipe.stages, str):
+        return recipe
+    try:
+        return dataclasses.replace(recipe, stages=tuple(stages_from_yaml(recipe.stages)))
+    except FileNotFoundError:
+        raise UsageError(f"--stages: no such file: {recipe.stages!r}") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--stages: {one_line(error)}") from error
+
+
 def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     """Write the recipe as stages of this backbone.
 
@@ -114,7 +140,7 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
         List of `Stage`.
 
     Raises:
-        UsageError: The stages contradict themselves or the backbone.
+        UsageError: The stages contradict themselves, the backbone or `recipe.epochs`.
 
     Example:
     >>> recipe = Recipe(image_size=32, weights="some.h5", backbone_args={"alpha": 0.35})
@@ -122,17 +148,25 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     >>> [(stage.unfreeze, stage.epochs) for stage in schedule(recipe, backbone)]
     [(None, 5), ('block_11', 10)]
     """
-    stages = _stages_from_file(recipe) if recipe.stages else _stages(recipe, backbone)
+    recipe = read_stages(recipe)
+    if isinstance(recipe.stages, tuple):
+        stages, option = _told_stages(recipe.stages, recipe), "--stages"
+    else:
+        stages, option = _stages(recipe, backbone), "--unfreeze"
     try:
         planning.resolve(stages, backbone)
     except ValueError as error:
-        option = "--unfreeze" if recipe.stages is None else f"--stages: {recipe.stages}"
         raise UsageError(f"{option}: {one_line(error)}") from error
+    epochs_of(recipe, stages)
     return stages
 
 
 def epochs_of(recipe: Recipe, stages: list[Stage]) -> int:
     """Return how many epochs a schedule lasts at most.
+
+    That is the sum where every stage has its epochs. Where one has none (it lasts to the end, or as
+    long as it improves) it is `recipe.epochs`, in which the others must find their own and each
+    such stage at least one.
 
     Args:
         recipe: A `Recipe`.
@@ -142,19 +176,22 @@ def epochs_of(recipe: Recipe, stages: list[Stage]) -> int:
         Int.
 
     Raises:
-        UsageError: The last stage would get no epoch.
+        UsageError: `recipe.epochs` is too low for the stages.
 
     Example:
     >>> epochs_of(Recipe(epochs=9), [Stage(epochs=2), Stage(learning_rate=1e-4)])
     9
     """
-    counted = [stage.epochs for stage in stages if stage.epochs is not None]
-    if len(counted) == len(stages):
-        return sum(counted)
-    if sum(counted) >= recipe.epochs:
+    counted = sum(stage.epochs or 0 for stage in stages)
+    without = [f"stage {index}" for index, stage in enumerate(stages, 1) if stage.epochs is None]
+    if not without:
+        return counted
+    least = counted + len(without)
+    if recipe.epochs < least:
         raise UsageError(
-            f"--epochs: the stages before the last need {sum(counted)}, which leaves none for the "
-            f"last. Received: {recipe.epochs}. Raise it, or say the epochs of the last stage"
+            f"--epochs: expected at least {least}: the {counted} that the stages say, and one for "
+            f"each that says none ({', '.join(without)}). Received: {recipe.epochs}. Raise it, or "
+            "say the epochs of every stage"
         )
     return recipe.epochs
 
@@ -176,13 +213,8 @@ def _stages(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     return stages
 
 
-def _stages_from_file(recipe: Recipe) -> list[Stage]:
-    try:
-        stages = stages_from_yaml(str(recipe.stages))
-    except FileNotFoundError:
-        raise UsageError(f"--stages: no such file: {recipe.stages!r}") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"--stages: {one_line(error)}") from error
+def _told_stages(told: Sequence[Stage], recipe: Recipe) -> list[Stage]:
+    stages = list(told)
     if stages[0].learning_rate is None:
         stages[0] = dataclasses.replace(stages[0], learning_rate=recipe.learning_rate)
     # A name of its own for each, by which tables and reports tell them apart.

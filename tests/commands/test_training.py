@@ -10,6 +10,7 @@ from keras_xfer.commands import training
 from keras_xfer.commands.recipe import Recipe, UsageError
 from keras_xfer.images import scan
 from keras_xfer.layers import Backbone
+from keras_xfer.stages import Stage, stages_to_yaml
 
 SMALL = {"backbone": "MobileNet", "backbone_args": {"alpha": 0.25}, "image_size": 32}
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
@@ -74,6 +75,56 @@ def test_an_unfreeze_of_nothing_is_a_usage_error():
     backbone = Backbone.from_application("MobileNet", weights=None, alpha=0.25)
     with pytest.raises(UsageError, match="--unfreeze: .*conv_pw_99"):
         training.schedule(recipe, backbone)
+
+
+def test_a_schedule_without_gaps_needs_no_epochs():
+    stages = [Stage(epochs=2), Stage("all", epochs=20, patience=3, learning_rate=1e-4)]
+    assert training.epochs_of(Recipe(epochs=1), stages) == 22
+
+
+@pytest.mark.parametrize(
+    ("stages", "least", "without"),
+    [
+        ([Stage(epochs=14), Stage("all", learning_rate=1e-4)], 15, "stage 2"),
+        ([Stage(patience=3), Stage("all", epochs=20, learning_rate=1e-4)], 21, "stage 1"),
+        ([Stage(patience=3), Stage(epochs=2), Stage(patience=3)], 4, "stage 1, stage 3"),
+    ],
+)
+def test_epochs_are_the_most_where_a_stage_has_none(stages, least, without):
+    for epochs in (least, least + 5):
+        assert training.epochs_of(Recipe(epochs=epochs), stages) == epochs
+    with pytest.raises(UsageError) as caught:
+        training.epochs_of(Recipe(epochs=least - 1), stages)
+    own = least - len(without.split(","))
+    assert str(caught.value).startswith(
+        f"--epochs: expected at least {least}: the {own} that the stages say, and one for each that "
+        f"says none ({without}). Received: {least - 1}. "
+    )
+
+
+def test_too_few_epochs_are_told_before_anything_is_replaced():
+    """`schedule` is asked before the run's folder is touched."""
+    backbone = Backbone.from_application("MobileNet", weights=None, alpha=0.25)
+    recipe = Recipe(epochs=3, stages=(Stage(epochs=3), Stage("all", learning_rate=1e-4)))
+    with pytest.raises(UsageError, match="--epochs: expected at least 4"):
+        training.schedule(recipe, backbone)
+
+
+def test_a_file_of_stages_is_read_once(tmp_path):
+    path = tmp_path / "stages.yaml"
+    written = [Stage(epochs=2), Stage("all", epochs=3, learning_rate=1e-4, name="top")]
+    stages_to_yaml(written, path)
+    recipe = training.read_stages(Recipe(stages=str(path), learning_rate=0.01))
+    path.unlink()
+    backbone = Backbone.from_application("MobileNet", weights=None, alpha=0.25)
+    assert training.schedule(recipe, backbone) == [
+        Stage(epochs=2, learning_rate=0.01, name="stage 1"),
+        written[1],
+    ]
+    assert recipe.to_dict()["stages"] == [
+        {"unfreeze": None, "epochs": 2},
+        {"unfreeze": "all", "epochs": 3, "learning_rate": 1e-4, "name": "top"},
+    ]
 
 
 # Models
