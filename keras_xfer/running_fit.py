@@ -23,17 +23,23 @@ def locals_of_fit(model: keras.Model) -> dict[str, Any]:
     return {}
 
 
-def callbacks_of_fit(model: keras.Model) -> list[keras.callbacks.Callback]:
-    """The callbacks of the `fit` that is running, the very list that it goes through; an empty one
-    where they are driven by hand."""
-    callbacks = locals_of_fit(model).get("callbacks")
-    return callbacks.callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else []
+def callbacks_of_fit(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:
+    """From `on_train_begin`: the callbacks that begin together with `callback`, the very list that
+    `fit`, or a loop of one's own, goes through; an empty one where `callback` is driven alone."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, keras.callbacks.CallbackList) and callback in found.callbacks:
+            callbacks: list[keras.callbacks.Callback] = found.callbacks
+            return callbacks
+        frame = frame.f_back
+    return []
 
 
 def stand_before(callback: keras.callbacks.Callback, kinds: tuple[type, ...]) -> None:
     """From `on_train_begin`: let `callback` run before all of `kinds` in this `fit`, wherever it
     was in the list."""
-    callbacks = callbacks_of_fit(callback.model)
+    callbacks = callbacks_of_fit(callback)
     first = next((i for i, each in enumerate(callbacks) if isinstance(each, kinds)), None)
     if callback in callbacks and first is not None and first < callbacks.index(callback):
         # The loop that runs is at `callback`: those it has passed change places, the others stay.
@@ -42,10 +48,14 @@ def stand_before(callback: keras.callbacks.Callback, kinds: tuple[type, ...]) ->
 
 
 def stands_last(callback: keras.callbacks.Callback) -> bool:
-    """From `on_train_begin`: whether `callback` is the last of this `fit`. If not it becomes so, and
-    its `on_train_begin` is called again when all others have had theirs."""
-    callbacks = callbacks_of_fit(callback.model)
-    if callback not in callbacks or callbacks[-1] is callback:
+    """From `on_train_begin`: whether `callback` is the last of this `fit`, but for others of its
+    kind. If not it becomes so, and its `on_train_begin` is called again when all others have had
+    theirs."""
+    callbacks = callbacks_of_fit(callback)
+    if callback not in callbacks:
+        return True
+    after = callbacks[callbacks.index(callback) + 1 :]
+    if all(isinstance(each, type(callback)) for each in after):
         return True
     callbacks[callbacks.index(callback)] = (
         keras.callbacks.Callback()

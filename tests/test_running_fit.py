@@ -41,7 +41,7 @@ def test_the_names_inside_fit_are_read_where_it_runs():
     class Look(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
             seen.update(locals_of_fit(self.model))
-            assert callbacks_of_fit(self.model)[0] is self
+            assert callbacks_of_fit(self)[0] is self
             assert locals_of_fit(keras.Sequential()) == {}  # not of that model
 
     x = np.ones((2, 1), "float32")

@@ -9,11 +9,12 @@ import keras
 
 from keras_xfer import retarget, structure
 from keras_xfer.bundle import read_bundle, write_bundle
+from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.files import check_writable, remove_leftovers
 from keras_xfer.retarget.callback_state import load_state, state_of
 from keras_xfer.retarget.random_state import random_state, set_random_state
 from keras_xfer.retarget.trainer import begin_at, build_for_fit, is_chief
-from keras_xfer.retarget.training_state import optimizer_differences
+from keras_xfer.retarget.training_state import as_data, compiled_rate, optimizer_differences
 from keras_xfer.running_fit import callbacks_of_fit, stands_last
 
 _FILE = "training_state.zip"
@@ -23,6 +24,7 @@ class BackupError(ValueError):
     """What was found is no backup, or not that of this training."""
 
 
+@keras.saving.register_keras_serializable(package="keras_xfer")
 class BackupAndRestore(keras.callbacks.Callback):
     """Saves the whole state of a training at the end of each epoch, and goes on from it.
 
@@ -105,6 +107,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.accept_changes = bool(accept_changes)
         self.verbose = verbose
         self._callbacks: list[Any] = []  # of the running `fit`
+        self._compiled_rate: Any = None
 
     @property
     def filepath(self) -> Path:
@@ -119,7 +122,9 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if not stands_last(self):
             return  # until all others have begun, whose state would be reset by it
-        self._callbacks = callbacks_of_fit(self.model)
+        self._callbacks = callbacks_of_fit(self)
+        self._compiled_rate = compiled_rate(self.model)
+        self._states()  # what cannot be saved is told now, and not after an epoch
         self.filepath.parent.mkdir(parents=True, exist_ok=True)
         if is_chief(self.model):
             check_writable(self.filepath)
@@ -137,12 +142,9 @@ class BackupAndRestore(keras.callbacks.Callback):
             "epoch": int(epoch),
             "is_over": bool(self.model.stop_training),
             "structure": structure.structure(self.model),
+            "compiled_rate": self._compiled_rate,
             "model": retarget.capture(self.model),
-            "callbacks": {
-                name: state
-                for name, callback in self._others()
-                if (state := state_of(callback)) is not None
-            },
+            "callbacks": self._states(),
             "random": random_state(),
         }
         write_bundle(self.filepath, content)
@@ -182,6 +184,11 @@ class BackupAndRestore(keras.callbacks.Callback):
             name = type(callback).__name__
             counts[name] = counts.get(name, 0) + 1
             yield f"{name} {counts[name]}", callback
+
+    def _states(self) -> dict[str, Any]:
+        """The states of the other callbacks."""
+        states = {name: state_of(callback) for name, callback in self._others()}
+        return {name: as_data(state) for name, state in states.items() if state is not None}
 
     def _read(self, *, arrays: bool = True) -> dict[str, Any]:
         try:
@@ -227,17 +234,19 @@ class BackupAndRestore(keras.callbacks.Callback):
         if self.accept_changes:
             return
         found = optimizer_differences(self.model, content["model"])
-        with_schedule = dict(self._others())
-        for name, callback in with_schedule.items():
-            if hasattr(callback, "differences"):
-                state = content["callbacks"].get(name)
-                found += (
-                    [f"there was no {name[:-2]}"] if state is None else callback.differences(state)
-                )
+        then, now = content["compiled_rate"], self._compiled_rate
+        if now is not None and now != then:
+            found.append(f"the learning rate of compile was {then!r} and is {now!r}")
+        schedules = {n: each for n, each in self._others() if isinstance(each, StagedUnfreezing)}
+        for name, schedule in schedules.items():
+            if name in content["callbacks"]:
+                found += schedule.differences(content["callbacks"][name])
+            else:
+                found.append("there was no StagedUnfreezing")
         found += [
-            f"there is no {name[:-2]} any more"
-            for name, state in content["callbacks"].items()
-            if "told" in state and name not in with_schedule
+            "there is no StagedUnfreezing any more"
+            for name in content["callbacks"]
+            if name.startswith("StagedUnfreezing ") and name not in schedules
         ]
         if found:
             raise BackupError(

@@ -11,9 +11,16 @@ from keras_xfer import freezing
 from keras_xfer.freezing import Thawable, find_backbone, parameters
 from keras_xfer.monitor import Monitor
 from keras_xfer.retarget import capture, restore, retarget
-from keras_xfer.retarget.carrying import learning_rate_of, steps_of, uses_ema
+from keras_xfer.retarget.carrying import (
+    head_learning_rate_of,
+    kind_of,
+    learning_rate_of,
+    steps_of,
+    uses_ema,
+)
 from keras_xfer.retarget.grouped_optimizer import number
 from keras_xfer.retarget.trainer import build_for_fit
+from keras_xfer.retarget.training_state import as_data
 from keras_xfer.running_fit import callbacks_of_fit, stand_before
 from keras_xfer.stages import Stage, planning
 from keras_xfer.stages.current import set_current_stage
@@ -43,6 +50,7 @@ class _Progress:
     is_over: bool = False  # ended by its patience
 
 
+@keras.saving.register_keras_serializable(package="keras_xfer")
 class StagedUnfreezing(keras.callbacks.Callback):
     """Runs a schedule of stages inside ONE `model.fit`: head first, then more of the backbone.
 
@@ -251,6 +259,35 @@ class StagedUnfreezing(keras.callbacks.Callback):
         backbone = find_backbone(model, self.backbone)
         return plan_table(planning.resolve(self.stages_for(model), backbone), model, backbone)
 
+    def get_config(self) -> dict[str, Any]:
+        """The configuration, stages as plain data."""
+        return {
+            "stages": None if self.stages is None else [each.get_config() for each in self.stages],
+            "gradual": self._gradual
+            and {
+                **self._gradual,
+                **Stage(learning_rate=self._gradual["learning_rate"]).get_config(),
+            },
+            "backbone": self.backbone,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "min_delta": self.min_delta,
+            "restore_best": self.restore_best,
+            "verbose": self.verbose,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """A callback from `get_config`."""
+        config = dict(config)
+        given, gradual = config.pop("stages"), config.pop("gradual")
+        if gradual is None:
+            return cls([Stage.from_config(each) for each in given], **config)
+        gradual = dict(gradual)
+        gradual.pop("unfreeze")
+        stage = Stage.from_config({"learning_rate": gradual["learning_rate"]})
+        return cls.gradual(**{**gradual, "learning_rate": stage.learning_rate}, **config)
+
     # --- The hooks ---------------------------------------------------------------------------
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -259,7 +296,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         stand_before(self, _AFTER)
         self._swapping = [
             each
-            for each in callbacks_of_fit(self.model)
+            for each in callbacks_of_fit(self)
             if isinstance(each, keras.callbacks.SwapEMAWeights)
         ]
         backbone = find_backbone(self.model, self.backbone)
@@ -325,11 +362,12 @@ class StagedUnfreezing(keras.callbacks.Callback):
         """How far the schedule has come, for `keras_xfer.callbacks.BackupAndRestore`."""
         return {
             "told": self._told(),
+            "optimizer": kind_of(self.model.optimizer),
             "progress": None if self._progress is None else dataclasses.asdict(self._progress),
             "steps_per_epoch": self._steps_per_epoch,
             "best": self._best,
             "best_epoch": self._best_epoch,
-            "best_state": self._best_state,
+            "best_state": as_data(self._best_state),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -341,7 +379,8 @@ class StagedUnfreezing(keras.callbacks.Callback):
         self._steps_per_epoch = self._told_steps() or state["steps_per_epoch"]
         self._best, self._best_epoch = state["best"], state["best_epoch"]
         self._best_state = state["best_state"]
-        self._optimizer_seen = weakref.ref(self.model.optimizer)
+        if kind_of(self.model.optimizer) == state["optimizer"]:  # else it has come through no stage
+            self._optimizer_seen = weakref.ref(self.model.optimizer)
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
         """In words, how this schedule is another than the one that `state` comes from."""
@@ -355,9 +394,13 @@ class StagedUnfreezing(keras.callbacks.Callback):
         if len(old) != len(new):
             found.append(f"the schedule had {len(old)} stages and has {len(new)}")
         for index, (one, other) in enumerate(zip(old, new, strict=False)):
+            # Layers may be numbered otherwise: what is thawed counts, not what it is called.
+            names = {*one, *other} - {"position"}
+            if one["position"] == other["position"]:
+                names -= {"unfreeze", "name"}
             found += [
                 f"{name} of stage {index + 1} was {one.get(name)!r} and is {other.get(name)!r}"
-                for name in sorted({*one, *other})
+                for name in sorted(names)
                 if one.get(name) != other.get(name)
             ]
         return found
@@ -365,7 +408,9 @@ class StagedUnfreezing(keras.callbacks.Callback):
     def _told(self) -> dict[str, Any]:
         """The schedule as plain data."""
         return {
-            "stages": [place.stage.get_config() for place in self._planned],
+            "stages": [
+                {**_read_back(place.stage), "position": place.position} for place in self._planned
+            ],
             "monitor": self.monitor,
             "mode": self.mode,
             "min_delta": self.min_delta,
@@ -486,7 +531,8 @@ class StagedUnfreezing(keras.callbacks.Callback):
         progress.is_over = patience is not None and progress.waited >= patience
         if self.restore_best and self._monitor.is_better(value, than=self._best):
             self._best, self._best_epoch = value, epoch
-            self._best_state = capture(self.model)
+            self._best_state = None  # the old copy makes room for the new one
+            self._best_state = capture(self.model, live_rates=True)
 
     def _go_back(self, progress: _Progress) -> bool:
         """Restore the best epoch, unless it was the last; say whether that went back to an earlier
@@ -506,7 +552,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         logs["stage"] = planned.index
         logs["trainable_params"] = parameters([self.model], trainable_only=True)
-        logs["learning_rate"] = number(optimizer.learning_rate)
+        logs["learning_rate"] = head_learning_rate_of(optimizer)
         logs["backbone_learning_rate"] = 0.0
         if planned.position is not None:
             lowest = freezing.lowest_trainable(find_backbone(self.model, self.backbone).model)
@@ -518,6 +564,20 @@ class StagedUnfreezing(keras.callbacks.Callback):
 
     def _steps(self) -> int:
         return steps_of(self.model.optimizer)
+
+
+def _read_back(stage: Stage) -> dict[str, Any]:
+    """The configuration of `stage`, which another process could read."""
+    try:
+        config = stage.get_config()
+        Stage.from_config(config)
+    except (NotImplementedError, TypeError) as error:
+        raise ValueError(
+            "Expected learning rate schedules that can be saved. Received: learning_rate="
+            f"{stage.learning_rate!r}: {error}. Give its class get_config, and register it with "
+            "keras.saving.register_keras_serializable."
+        ) from error
+    return config
 
 
 def _nothing() -> None:

@@ -64,6 +64,16 @@ def learning_rate_of(optimizer: keras.optimizers.Optimizer, variable: Any) -> fl
     raise ValueError(f"Expected a variable that trains. Received: {variable.path!r}.")
 
 
+def head_learning_rate_of(optimizer: keras.optimizers.Optimizer) -> float:
+    """The rate of the first group, as it is in a warm-up too."""
+    return number(members_of(unscaled(optimizer))[0].learning_rate)
+
+
+def kind_of(optimizer: keras.optimizers.Optimizer) -> str:
+    """The class of `optimizer`, whatever wraps it."""
+    return type(members_of(unscaled(optimizer))[0]).__name__
+
+
 def steps_of(optimizer: keras.optimizers.Optimizer) -> int:
     """How many batches `optimizer` has been given, whatever it accumulates."""
     return int(unscaled(optimizer)._iterations.numpy())

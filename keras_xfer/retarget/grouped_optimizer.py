@@ -62,17 +62,31 @@ class StageRate(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> Any:
         """The rate at the optimizer's step `step`."""
-        if self.is_constant:
-            return self.learning_rate * self.scale
+        rate = self.warmed_up(step)
+        if not self.warmup_steps:
+            return rate
         step = keras.ops.maximum(step - self.first_step, 0)
-        rate = self.learning_rate
-        if not isinstance(rate, int | float):
-            rate = rate(step)
-        rate = keras.ops.cast(rate * self.scale, "float32")
-        if self.warmup_steps:
-            warmed = (keras.ops.cast(step, "float32") + 1) / self.warmup_steps
-            rate = rate * keras.ops.minimum(warmed, 1.0)
-        return rate
+        warm = (keras.ops.cast(step, "float32") + 1) / self.warmup_steps
+        return rate * keras.ops.minimum(warm, 1.0)
+
+    def warmed_up(self, step: Any) -> Any:
+        """The rate at the optimizer's step `step` as if the warm-up were over."""
+        if isinstance(self.learning_rate, int | float):
+            return self.learning_rate * self.scale
+        rate = self.learning_rate(keras.ops.maximum(step - self.first_step, 0))
+        return keras.ops.cast(rate * self.scale, "float32")
+
+    def is_same(self, other: "StageRate | None") -> bool:
+        """Whether `other` is the same at every step."""
+        if other is None:
+            return False
+        mine, theirs = self.learning_rate, other.learning_rate
+        numbers = (self.scale, self.warmup_steps, self.first_step)
+        return numbers == (other.scale, other.warmup_steps, other.first_step) and (
+            mine is theirs
+            or (isinstance(mine, int | float) and mine == theirs)
+            or (type(mine) is type(theirs) and self.get_config() == other.get_config())
+        )
 
     def get_config(self) -> dict[str, Any]:
         """The configuration."""
@@ -274,16 +288,20 @@ class GroupedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The rate of the first group, of its last step where it changes from step to step;
-        setting it scales the others in proportion."""
-        return self._members[0].learning_rate
+        """The rate of the first group, of its last step where it changes from step to step; during
+        a warm-up that which it rises to. Setting it scales the others in proportion."""
+        rate = self._rates[0]
+        if rate is None or not rate.warmup_steps:
+            return self._members[0].learning_rate
+        # What somebody sets by it must not be the smaller for the warm-up, or would be so for good.
+        return self._factor * rate.warmed_up(keras.ops.maximum(self._iterations - 1, 0))
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
         if self._rates[0] is None:
             self._members[0].learning_rate = value  # raises, as Keras does for a schedule
             return
-        now = number(self._rates[0](self._last_step()))
+        now = number(self._rates[0].warmed_up(self._last_step()))
         if not now and float(value):
             raise ValueError(
                 "Expected a learning rate other than 0 to scale the groups by. Received: "

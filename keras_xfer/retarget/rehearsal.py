@@ -24,7 +24,7 @@ from keras.src.utils.tracking import DotNotTrackScope
 from keras_xfer.retarget.carrying import fresh, grouped, loss_scaled
 from keras_xfer.retarget.grouped_optimizer import GroupedOptimizer, StageRate, number
 from keras_xfer.retarget.random_state import random_state, set_random_state
-from keras_xfer.retarget.trainer import distribution_scope, sync
+from keras_xfer.retarget.trainer import distribution_scope, own_train_step, sync
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def rehearsal(
                 model.optimizer = _like(optimizer, model.trainable_variables, learning_rate)
             model.steps_per_execution = 1
             _set_compiled(model, *map(_unbuilt_copy, compiled))
-            with _own_train_step(model):
+            with own_train_step(model):
                 model.make_train_function(force=True)
                 yield lambda rate, batch: _step(model, rate, batch)
         finally:
@@ -203,28 +203,6 @@ def _like(old: Any, variables: list[Any], learning_rate: float) -> keras.optimiz
     ]
     constant = [StageRate(learning_rate * rate / rates[0]) for rate in rates]
     return grouped(members, variables, constant, old.global_clipnorm, 0)
-
-
-@contextlib.contextmanager
-def _own_train_step(model: keras.Model) -> Iterator[None]:
-    """On JAX give `model` a train step that is another function than before.
-
-    `jax.jit` finds what it has compiled by the function, and all `model.train_step` are equal: the
-    old one, which is kept, would be run with its old optimizer where the shapes are the same.
-    """
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    bound = model.train_step
-    own = vars(model).get("train_step")
-    model.train_step = lambda state, data: bound(state, data)
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.train_step
-        else:
-            model.train_step = own
 
 
 def _compiled(model: keras.Model) -> tuple[Any, Any]:

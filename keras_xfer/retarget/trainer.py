@@ -1,7 +1,7 @@
 """`retarget`: give a model that is training other variables to train."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -103,11 +103,34 @@ def install(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
     # would reset metrics and loss in the middle of `fit`.
     model._compile_config.config["optimizer"] = optimizer
     if getattr(model, "train_function", None) is not None:
-        model.make_train_function(force=True)
+        with own_train_step(model):
+            model.make_train_function(force=True)
     if keras.backend.backend() == "jax":
         # Compiled for one split into trainable and other variables; they are made again when used.
         model.test_function = None
         model.predict_function = None
+
+
+@contextlib.contextmanager
+def own_train_step(model: keras.Model) -> Iterator[None]:
+    """On JAX give `model` a train step that is another function than before.
+
+    `jax.jit` finds what it has compiled by the function, and all `model.train_step` are equal: the
+    old one, which is kept, would be run with its old optimizer where the shapes are the same.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    bound = model.train_step
+    own = vars(model).get("train_step")
+    model.train_step = lambda state, data: bound(state, data)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.train_step
+        else:
+            model.train_step = own
 
 
 def build_for_fit(model: keras.Model) -> None:

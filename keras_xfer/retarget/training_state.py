@@ -7,20 +7,30 @@ import keras
 import numpy as np
 
 from keras_xfer import freezing
-from keras_xfer.retarget.carrying import fresh, grouped, loss_scaled, members_of, slots, unscaled
-from keras_xfer.retarget.grouped_optimizer import GroupedOptimizer, StageRate
+from keras_xfer.retarget.carrying import (
+    fresh,
+    grouped,
+    loss_scaled,
+    members_of,
+    slots,
+    steps_of,
+    unscaled,
+)
+from keras_xfer.retarget.grouped_optimizer import GroupedOptimizer, StageRate, number
 from keras_xfer.retarget.trainer import distribution_scope, install, sync
 
 # What a schedule changes in an optimizer's configuration.
 _CHANGING = ("name", "learning_rate", "global_clipnorm")
 
 
-def capture(model: keras.Model) -> dict[str, Any]:
+def capture(model: keras.Model, *, live_rates: bool = False) -> dict[str, Any]:
     """Take the state of a training: all variables of the model with its seed generators, which of
     them train, and the optimizer's state by the variable that it belongs to.
 
     Args:
         model: a built `keras.Model`, between two steps.
+        live_rates: bool, leave each `StageRate` as it is, for a state that stays in this process:
+            a schedule of the user's own need not be one that can be saved. Defaults to `False`.
 
     Returns:
         A tree of dicts, lists, strings, numbers, None and NumPy arrays that nothing else changes.
@@ -44,11 +54,15 @@ def capture(model: keras.Model) -> dict[str, Any]:
     """
     sync(model)
     optimizer = getattr(model, "optimizer", None)
-    return {
+    state = {
         "variables": [_value(variable) for variable in model.variables],
         "trainable": freezing.thawed(model, by_place=True),
         "optimizer": None if optimizer is None else _captured(optimizer, model.variables),
+        "other_optimizers": {
+            name: _captured(other, model.variables) for name, other in _others(model).items()
+        },
     }
+    return state if live_rates else as_data(state)
 
 
 def restore(model: keras.Model, state: Mapping[str, Any]) -> None:
@@ -70,11 +84,37 @@ def restore(model: keras.Model, state: Mapping[str, Any]) -> None:
         for variable, value in zip(variables, state["variables"], strict=True):
             variable.assign(value)
         freezing.restore_thawed(model, state["trainable"], by_place=True)
+        for name, other in _others(model).items():
+            if name in state["other_optimizers"]:
+                setattr(model, name, _restored(other, state["other_optimizers"][name], variables))
         if state["optimizer"] is None or getattr(model, "optimizer", None) is None:
             return
         optimizer = _restored(model.optimizer, state["optimizer"], variables)
     if optimizer is not model.optimizer:
         install(model, optimizer)
+
+
+def as_data(state: Any) -> Any:
+    """A state in which each `StageRate` is plain data too; `restore` takes both."""
+    if isinstance(state, StageRate):
+        return _plain(state.get_config())
+    if isinstance(state, Mapping):
+        return {name: as_data(value) for name, value in state.items()}
+    return [as_data(each) for each in state] if isinstance(state, list | tuple) else state
+
+
+def compiled_rate(model: keras.Model) -> Any:
+    """The learning rate that an optimizer which has not taken a step yet was made with, as plain
+    data; None where it has."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or steps_of(optimizer):
+        return None
+    rate = members_of(unscaled(optimizer))[0]._learning_rate
+    if isinstance(rate, keras.Variable):
+        return float(f"{number(rate):.7g}")  # as it was written, before it was float32
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return {"class_name": type(rate).__name__, "config": _plain(rate.get_config())}
+    return getattr(rate, "__qualname__", type(rate).__name__)  # a function
 
 
 def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[str]:
@@ -100,6 +140,15 @@ def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[
     if clipnorm != captured["global_clipnorm"]:
         found.append(f"global_clipnorm was {captured['global_clipnorm']!r} and is {clipnorm!r}")
     return found
+
+
+def _others(model: keras.Model) -> dict[str, Any]:
+    """Optimizers of the model's own, besides that of `compile`, by attribute."""
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
+    }
 
 
 def _on(scaled: bool) -> str:
@@ -167,7 +216,7 @@ def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any]:
             {
                 "class": type(member).__name__,
                 "config": _plain(member.get_config()),
-                "rate": None if rate is None else _plain(rate.get_config()),
+                "rate": rate,
                 "variables": places(member),
                 "slots": {
                     name: [None if each is None else _value(each) for each in value]
@@ -229,14 +278,22 @@ def _has_groups(inner: Any, state: Mapping[str, Any], variables: Sequence[Any]) 
     now = [
         (
             [place.get(inner._var_key(variable)) for variable in member._trainable_variables],
-            None if rate is None else _plain(rate.get_config()),
             _schedule(_plain(member.get_config())),
         )
-        for member, rate in zip(members_of(inner), rates, strict=True)
+        for member in members_of(inner)
     ]
+    then = [_rate(each["rate"]) for each in state["members"]]
     return now == [
-        (each["variables"], each["rate"], _schedule(each["config"])) for each in state["members"]
-    ]
+        (each["variables"], _schedule(each["config"])) for each in state["members"]
+    ] and all(
+        one is other if one is None else one.is_same(other)
+        for one, other in zip(rates, then, strict=True)
+    )
+
+
+def _rate(rate: Any) -> StageRate | None:
+    """A rate as it was captured, or as plain data."""
+    return StageRate.from_config(dict(rate)) if isinstance(rate, Mapping) else rate
 
 
 def _schedule(config: Mapping[str, Any]) -> Any:
@@ -257,10 +314,7 @@ def _made(like: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> Any:
     return grouped(
         members,
         [variables[i] for i in state["variables"]],
-        [
-            None if each["rate"] is None else StageRate.from_config(each["rate"])
-            for each in state["members"]
-        ],
+        [_rate(each["rate"]) for each in state["members"]],
         state["global_clipnorm"],
         state["iterations"],
     )

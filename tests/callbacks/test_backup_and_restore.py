@@ -282,6 +282,8 @@ def test_another_optimizer_is_refused_unless_asked_for(tmp_path):
     sgd = compiled(keras.optimizers.SGD(0.1))
     model, history = run(tmp_path, model=sgd, accept_changes=True)
     assert history.epoch == list(range(4))
+    # The stage's rate, not that of compile.
+    assert history.history["learning_rate"][3] == pytest.approx(1e-3)
     assert "SGD" in type(keras_xfer.retarget.carrying.members_of(model.optimizer)[0]).__name__
 
 
@@ -339,3 +341,149 @@ def test_what_is_in_the_file_is_found_by_variable_and_not_by_position(tmp_path, 
     write_bundle(path, content)
     mine = outcome(run(tmp_path))["state"]["variables"]
     assert not differing(mine, whole["state"]["variables"])
+
+
+def test_another_rate_at_compile_is_refused(tmp_path):
+    run(tmp_path, until=2, callbacks=[])
+    with pytest.raises(BackupError, match="learning rate of compile was 0.01 and is 1e-05"):
+        run(tmp_path, model=compiled(keras.optimizers.Adam(1e-5)), callbacks=[])
+
+
+def test_the_same_model_goes_on_in_the_same_process(tmp_path):
+    """As in a notebook: interrupted, and the cell with `fit` is run once more."""
+    model, _ = run(tmp_path, until=2)
+    assert run(tmp_path, model=model)[1].epoch == list(range(4))
+
+
+def test_layers_that_are_numbered_otherwise_are_the_same(tmp_path):
+    """As in a notebook: all cells are run once more, and Keras goes on counting."""
+
+    def model():
+        base = keras.Sequential([keras.Input((6,)), *(keras.layers.Dense(4) for _ in range(3))])
+        made = keras.Sequential([keras.Input((6,)), Backbone(base), keras.layers.Dense(3)])
+        made.compile(keras.optimizers.Adam(1e-2), schedules.LOSS(from_logits=True))
+        return made
+
+    def schedule(model):
+        top = model.layers[0].model.layers[-1].name  # dense_12, say
+        return [
+            StagedUnfreezing([Stage(epochs=1, learning_rate=1e-2), Stage(top, learning_rate=1e-3)])
+        ]
+
+    first, again = model(), model()
+    run(tmp_path, until=2, model=first, callbacks=schedule(first))
+    _, history = run(tmp_path, model=again, callbacks=schedule(again))
+    assert history.history["stage"] == [0, 1, 1, 1]
+    assert schedule(first)[0].stages[1].unfreeze != schedule(again)[0].stages[1].unfreeze
+
+
+def test_the_rows_of_csv_logger(tmp_path):
+    path = tmp_path / "log.csv"
+    run(tmp_path / "backup", until=2, callbacks=[keras.callbacks.CSVLogger(path)])
+    _, history = run(tmp_path / "backup", callbacks=[keras.callbacks.CSVLogger(path)])
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert rows[0][:2] == ["epoch", "loss"]
+    assert [int(row[0]) for row in rows[1:]] == [0, 1, 2, 3]
+    np.testing.assert_allclose([float(row[1]) for row in rows[1:]], history.history["loss"])
+
+
+def test_best_weights_of_a_model_with_a_weight_without_axes(tmp_path):
+    normalization = keras.layers.Normalization()
+    normalization.adapt(schedules.data()[0])
+    base = schedules.model().get_layer("base")
+
+    def stopping():
+        return [keras.callbacks.EarlyStopping("loss", restore_best_weights=True)]
+
+    def model():
+        head = keras.layers.Dense(3)
+        made = keras.Sequential([keras.Input((6,)), normalization, base, head])
+        made.compile(keras.optimizers.SGD(1e-2), schedules.LOSS(from_logits=True))
+        return made
+
+    run(tmp_path, until=2, model=model(), callbacks=stopping())
+    made, _ = run(tmp_path, model=model(), callbacks=stopping())
+    assert () in [weight.shape for weight in made.get_weights()]
+
+
+def test_two_of_them(tmp_path):
+    one, two = (BackupAndRestore(tmp_path / name, delete_checkpoint=False) for name in "ab")
+    x, y = schedules.data()
+    compiled().fit(x, y, epochs=2, callbacks=[one, two, EpochTiming()], **BATCH)
+    assert one.next_epoch == two.next_epoch == 2
+    assert "EpochTiming 1" in read_bundle(one.filepath)["callbacks"]
+
+
+def test_a_loop_of_ones_own(tmp_path):
+    """A CallbackList driven by hand saves the state of the others too."""
+    model = compiled()
+    backup = BackupAndRestore(tmp_path, delete_checkpoint=False)
+    callbacks = keras.callbacks.CallbackList(
+        [backup, StagedUnfreezing(stages())], model=model, epochs=4
+    )
+    x, y = schedules.data()
+    callbacks.on_train_begin()
+    for epoch in range(2):
+        callbacks.on_epoch_begin(epoch)
+        logs = model.train_on_batch(x, y, return_dict=True)
+        callbacks.on_epoch_end(epoch, logs)
+    saved = read_bundle(backup.filepath)["callbacks"]["StagedUnfreezing 1"]
+    assert saved["progress"]["stage"] == 1
+
+
+def test_optimizers_of_the_models_own(tmp_path):
+    def model():
+        made = compiled()
+        made.extra = keras.optimizers.Adam(1e-3)
+        made.extra.build(made.trainable_variables)
+        return made
+
+    first = model()
+    gradients = [keras.ops.ones(v.shape) for v in first.trainable_variables]
+    first.extra.apply(gradients)
+    run(tmp_path, until=1, model=first, callbacks=[])
+    resumed, _ = run(tmp_path, model=model(), callbacks=[])
+    assert int(keras.ops.convert_to_numpy(resumed.extra.iterations)) == 1
+    np.testing.assert_allclose(schedules.value(resumed.extra._momentums[0]), 0.1, rtol=1e-6)
+
+
+class Unregistered(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that cannot be saved."""
+
+    def __call__(self, step):
+        return 1e-3 + 0.0 * keras.ops.cast(step, "float32")
+
+
+def test_a_schedule_that_cannot_be_saved_is_told_before_training(tmp_path):
+    planned = [Stage(epochs=1, learning_rate=1e-2), Stage("all", learning_rate=Unregistered())]
+    with pytest.raises(ValueError, match="register_keras_serializable"):
+        run(tmp_path, callbacks=[StagedUnfreezing(planned)])
+    assert not (tmp_path / "training_state.zip").exists()
+    x, y = schedules.data()
+    schedule = StagedUnfreezing(planned, monitor="loss", mode="max", restore_best=True)
+    assert compiled().fit(x, y, epochs=3, callbacks=[schedule], **BATCH).epoch == [0, 1, 2]
+
+
+def test_a_state_that_is_no_dict_is_told_before_training(tmp_path):
+    class Odd(keras.callbacks.Callback):
+        def state_dict(self):
+            return 3
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"Odd.state_dict\(\) to return a dict. Received: 3"):
+        run(tmp_path, callbacks=[Odd()])
+
+
+def test_callbacks_come_back_from_their_configurations(tmp_path):
+    cosine = keras.optimizers.schedules.CosineDecay(1e-3, 10)
+    for made in (
+        BackupAndRestore(str(tmp_path), accept_changes=True),
+        StagedUnfreezing(stages(), monitor="loss", restore_best=True),
+        StagedUnfreezing.gradual(learning_rate={"head": cosine, "backbone": 1e-4}, num_stages=2),
+    ):
+        data = keras.saving.serialize_keras_object(made)
+        again = keras.saving.deserialize_keras_object(data)
+        assert type(again) is type(made)
+        assert again.get_config() == made.get_config()

