@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from keras_xfer import Backbone, Stage, StagedUnfreezing
+from keras_xfer.retarget.carrying import head_learning_rate_of
+from keras_xfer.retarget.trainer import sync
 from tests.callbacks.test_staged_transitions import MIN, Score
 from tests.stages import residual
 from tests.stages.residual import BATCH, compiled
@@ -181,3 +183,56 @@ def test_the_callback_uses_the_model_of_its_fit():
         ).history
         assert history["stage"] == [0, 1]
         residual.assert_trained(model, [{"head": 0.1}] * residual.STEPS)
+
+
+class Rates(keras.callbacks.Callback):
+    """Notes the head's rate of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        sync(self.model)
+        self.steps.append(head_learning_rate_of(self.model.optimizer))
+
+
+@ORDERS
+@pytest.mark.parametrize("schedule", [lambda epoch: 0.04, lambda epoch, rate: rate])
+def test_a_scheduler_of_the_rate_in_a_warm_up_sets_what_it_rises_to(before, schedule):
+    rates = Rates()
+    stages = [Stage("one", epochs=2, learning_rate=0.04, warmup_epochs=1)]
+    scheduler = keras.callbacks.LearningRateScheduler(schedule)
+    pair = [scheduler, StagedUnfreezing(stages)]
+    model = compiled(keras.optimizers.SGD(9.0))
+    x, y = residual.data()
+    model.fit(
+        x, y, epochs=2, callbacks=[*(pair if before else pair[::-1]), rates],
+        **{**BATCH, "batch_size": len(x) // 4},
+    )  # fmt: skip
+    np.testing.assert_allclose(rates.steps, [0.01, 0.02, 0.03, *[0.04] * 5], rtol=1e-6)
+
+
+def test_a_stage_never_runs_the_compiled_step_of_another():
+    """Who keeps the train function, keeps on JAX what it has compiled, which jax.jit finds by the
+    function; and all functions `model.train_step` are equal."""
+    kept, rates = [], Rates()
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kept.append(self.model.train_function)
+
+    decay = keras.optimizers.schedules.ExponentialDecay
+    stages = [
+        Stage("one", epochs=1, learning_rate=decay(0.02, 10, 0.5)),
+        Stage("one", epochs=1, learning_rate=decay(0.01, 10, 0.5)),
+    ]
+    model = compiled(keras.optimizers.SGD(9.0), run_eagerly=False)
+    x, y = residual.data()
+    model.fit(
+        x, y, epochs=2, callbacks=[StagedUnfreezing(stages), Keep(), rates],
+        **{**BATCH, "batch_size": len(x) // 2},
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        rates.steps, [0.02, 0.02 * 0.5**0.1, 0.01, 0.01 * 0.5**0.1], rtol=1e-6
+    )
