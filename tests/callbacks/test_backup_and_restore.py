@@ -393,7 +393,7 @@ def test_best_weights_of_a_model_with_a_weight_without_axes(tmp_path):
     base = schedules.model().get_layer("base")
 
     def stopping():
-        return [keras.callbacks.EarlyStopping("loss", restore_best_weights=True)]
+        return [keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)]
 
     def model():
         head = keras.layers.Dense(3)

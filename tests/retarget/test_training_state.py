@@ -159,6 +159,8 @@ def test_it_brings_back_the_training_whatever_trains_now(then, now):
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_it_brings_back_all_of_the_state(optimizer):
+    if optimizer == "ema" and keras.backend.backend() == "jax":
+        pytest.skip("Keras on JAX: the second fit with use_ema donates a buffer twice")
     first = model(OPTIMIZERS[optimizer]())
     STATES["thawed"](first)
     state = through_files(capture(first))
