@@ -379,7 +379,9 @@ def test_layers_that_are_numbered_otherwise_are_the_same(tmp_path):
 
 def test_the_rows_of_csv_logger(tmp_path):
     path = tmp_path / "log.csv"
-    run(tmp_path / "backup", until=2, callbacks=[keras.callbacks.CSVLogger(path)])
+    first = keras.callbacks.CSVLogger(path)
+    run(tmp_path / "backup", until=2, callbacks=[first])
+    first.csv_file.close()  # which the end of a process does
     _, history = run(tmp_path / "backup", callbacks=[keras.callbacks.CSVLogger(path)])
     rows = [line.split(",") for line in path.read_text().splitlines()]
     assert rows[0][:2] == ["epoch", "loss"]
