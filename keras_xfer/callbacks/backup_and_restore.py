@@ -18,6 +18,7 @@ from keras_xfer.retarget.training_state import as_data, compiled_rate, optimizer
 from keras_xfer.running_fit import callbacks_of_fit, stands_last
 
 _FILE = "training_state.zip"
+_PARTS = {"epoch", "is_over", "structure", "compiled_rate", "model", "callbacks", "random"}
 
 
 class BackupError(ValueError):
@@ -192,7 +193,10 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _read(self, *, arrays: bool = True) -> dict[str, Any]:
         try:
-            return read_bundle(self.filepath, arrays=arrays)
+            content = read_bundle(self.filepath, arrays=arrays)
+            if missing := _PARTS - content.keys():
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            return content
         except ValueError as error:
             raise BackupError(
                 f"Expected a backup that BackupAndRestore wrote in {self.filepath}. Received: a file "
@@ -208,6 +212,8 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"{self.model.name!r}, whose weights do not exist yet: begin it with keras.Input."
             )
         self._check(content)
+        if self._compiled_rate is None:  # the same model goes on: `compile` was not called again
+            self._compiled_rate = content["compiled_rate"]
         retarget.restore(self.model, content["model"])
         states = content["callbacks"]
         for name, callback in self._others():
@@ -235,7 +241,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             return
         found = optimizer_differences(self.model, content["model"])
         then, now = content["compiled_rate"], self._compiled_rate
-        if now is not None and now != then:
+        if None not in (now, then) and now != then:
             found.append(f"the learning rate of compile was {then!r} and is {now!r}")
         schedules = {n: each for n, each in self._others() if isinstance(each, StagedUnfreezing)}
         for name, schedule in schedules.items():

@@ -234,6 +234,12 @@ def test_what_a_user_asks_it(tmp_path):
         BackupAndRestore("")
 
 
+def test_another_bundle_is_no_backup(tmp_path):
+    write_bundle(tmp_path / "training_state.zip", {"epoch": 3})
+    with pytest.raises(BackupError, match="it has no callbacks, compiled_rate"):
+        run(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["empty", "half", "foreign"])
 def test_a_damaged_backup_is_never_a_silent_restart(tmp_path, damage):
     run(tmp_path, until=2)
@@ -352,7 +358,8 @@ def test_another_rate_at_compile_is_refused(tmp_path):
 def test_the_same_model_goes_on_in_the_same_process(tmp_path):
     """As in a notebook: interrupted, and the cell with `fit` is run once more."""
     model, _ = run(tmp_path, until=2)
-    assert run(tmp_path, model=model)[1].epoch == list(range(4))
+    run(tmp_path, until=3, model=model)
+    assert run(tmp_path)[1].epoch == list(range(4))  # and in another one after that
 
 
 def test_layers_that_are_numbered_otherwise_are_the_same(tmp_path):
