@@ -95,9 +95,10 @@ def restore(model: keras.Model, state: Mapping[str, Any]) -> None:
 
 
 def as_data(state: Any) -> Any:
-    """A state in which each `StageRate` is plain data too; `restore` takes both."""
+    """A state or a configuration as dicts and lists of one's own: without Keras's kinds of them,
+    which follow the optimizer, and with each `StageRate` as data too. `restore` takes both."""
     if isinstance(state, StageRate):
-        return _plain(state.get_config())
+        return as_data(state.get_config())
     if isinstance(state, Mapping):
         return {name: as_data(value) for name, value in state.items()}
     return [as_data(each) for each in state] if isinstance(state, list | tuple) else state
@@ -113,7 +114,7 @@ def compiled_rate(model: keras.Model) -> Any:
     if isinstance(rate, keras.Variable):
         return float(f"{number(rate):.7g}")  # as it was written, before it was float32
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        return {"class_name": type(rate).__name__, "config": _plain(rate.get_config())}
+        return {"class_name": type(rate).__name__, "config": as_data(rate.get_config())}
     return getattr(rate, "__qualname__", type(rate).__name__)  # a function
 
 
@@ -130,7 +131,7 @@ def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[
     member, then = members_of(unscaled(optimizer))[0], captured["members"][0]
     if type(member).__name__ != then["class"]:
         return [*found, f"the optimizer was {then['class']} and is {type(member).__name__}"]
-    now = _plain(member.get_config())
+    now = as_data(member.get_config())
     found += [
         f"{name} of {then['class']} was {then['config'].get(name)!r} and is {now.get(name)!r}"
         for name in sorted({*now, *then["config"]} - set(_CHANGING))
@@ -160,13 +161,6 @@ def _value(variable: keras.Variable) -> np.ndarray:
     value = np.array(keras.ops.convert_to_numpy(variable), copy=True)
     # bfloat16 is not NumPy's own, so its files do not know it; float32 holds each of its values.
     return value.astype("float32") if value.dtype.kind == "V" else value
-
-
-def _plain(config: Any) -> Any:
-    """A configuration without Keras's own kinds of lists and dicts, which follow the optimizer."""
-    if isinstance(config, Mapping):
-        return {name: _plain(value) for name, value in config.items()}
-    return [_plain(each) for each in config] if isinstance(config, list | tuple) else config
 
 
 def _check_shapes(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
@@ -215,7 +209,7 @@ def _captured(optimizer: Any, variables: Sequence[Any]) -> dict[str, Any]:
         "members": [
             {
                 "class": type(member).__name__,
-                "config": _plain(member.get_config()),
+                "config": as_data(member.get_config()),
                 "rate": rate,
                 "variables": places(member),
                 "slots": {
@@ -278,7 +272,7 @@ def _has_groups(inner: Any, state: Mapping[str, Any], variables: Sequence[Any]) 
     now = [
         (
             [place.get(inner._var_key(variable)) for variable in member._trainable_variables],
-            _schedule(_plain(member.get_config())),
+            _schedule(as_data(member.get_config())),
         )
         for member in members_of(inner)
     ]
@@ -306,7 +300,7 @@ def _made(like: Any, state: Mapping[str, Any], variables: Sequence[Any]) -> Any:
     members = []
     for of_member in state["members"]:
         changes = {name: of_member["config"][name] for name in _CHANGING}
-        if _schedule(of_member["config"]) == _schedule(_plain(like.get_config())) is not None:
+        if _schedule(of_member["config"]) == _schedule(as_data(like.get_config())) is not None:
             del changes["learning_rate"]  # it may be a function, which cannot be told in words
         members.append(fresh(like, [variables[i] for i in of_member["variables"]], **changes))
     if not state["grouped"]:
