@@ -34,7 +34,7 @@ if not _is_command():
         StagedUnfreezing,
         find_learning_rate,
     )
-    from keras_xfer.layers import Backbone, BackbonePreprocessing
+    from keras_xfer.layers import Backbone, BackbonePreprocessing, HubModule
     from keras_xfer.stages import Stage
 
 _LAZY = ("applications", "images", "reports")
@@ -45,6 +45,7 @@ __all__ = [
     "BackupAndRestore",
     "BestCheckpoint",
     "EpochTiming",
+    "HubModule",
     "LearningRateCurve",
     "Stage",
     "StagedUnfreezing",

@@ -9,9 +9,12 @@ from typing import Any
 
 import keras
 
-from keras_xfer.freezing import Node, graph_nodes, units, walk
+from keras_xfer.freezing import Node, graph_nodes, is_batch_norm, units, walk
+from keras_xfer.variable_group import VariableGroup
 
 _JOINS = {"Add", "Concatenate"}  # layers, and the operations behind `a + b` and keras.ops
+# "block_3_expand", "conv2_block1_1_conv", "block1a_se_reduce", "bert/encoder/layer_11/output"
+_NUMBERED_SCOPE = re.compile(r".*?(?:block|layer|cell|stage|unit)s?[_/]?\d+[a-z]?(?=[_/]|$)")
 _AUTOMATIC_NAME = re.compile(r"(add|concatenate)(_\d+)?")
 
 
@@ -48,8 +51,8 @@ def blocks(model: keras.Layer) -> tuple[Block, ...]:
     A block ends where a residual or concatenating join begins or ends, or after a layer with
     strides, at a point where one tensor alone crosses; each holds weights other than
     BatchNormalization's. A graph that has no such points (NASNet) ends its blocks at the
-    concatenations that carry a name of their own, and a model without a graph has one block for
-    each of its layers that hold weights.
+    concatenations that carry a name of their own, a SavedModel where the number in its scopes
+    changes, and a model without a graph has one block for each of its layers that hold weights.
     """
     layers = units(model)
     ends = _ends(model, layers)
@@ -88,6 +91,8 @@ def _flow(model: keras.Layer) -> tuple[list[Node], list[Node]]:
 def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
     """Positions in `layers` before which a block may end."""
     nodes, cut_nodes = _flow(model)
+    if not nodes and (numbered := _numbered_scopes(layers)):
+        return numbered
     if not nodes:
         return [i for i, layer in enumerate(layers) if i and _has_own_weights(layer)]
     at = {id(node): i for i, node in enumerate(nodes)}
@@ -127,6 +132,19 @@ def _named_concatenations(layers: Sequence[keras.Layer]) -> list[int]:
     ]
 
 
+def _numbered_scopes(layers: Sequence[keras.Layer]) -> list[int]:
+    """Positions where, in a SavedModel, one numbered scope ends and the next begins; none where
+    the most of its variables stand in no such scope."""
+    scopes = [
+        _NUMBERED_SCOPE.match(layer.aliases[0]) if isinstance(layer, VariableGroup) else None
+        for layer in layers
+    ]
+    if sum(scope is not None for scope in scopes) * 2 < len(layers):
+        return []
+    keys = [scope and scope[0] for scope in scopes]
+    return [i for i in range(1, len(keys)) if keys[i] != keys[i - 1]]
+
+
 def _past(
     segments: Sequence[Sequence[Node]], joins: Sequence[bool], i: int, *, batch_norm: bool
 ) -> int:
@@ -151,10 +169,7 @@ def _has_own_weights(layer: Any) -> bool:
     if not isinstance(layer, keras.Layer):
         return False
     normalization = {
-        id(weight)
-        for inner in walk(layer)
-        if isinstance(inner, keras.layers.BatchNormalization)
-        for weight in inner.weights
+        id(weight) for inner in walk(layer) if is_batch_norm(inner) for weight in inner.weights
     }
     return any(id(weight) not in normalization for weight in layer.weights)
 

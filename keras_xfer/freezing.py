@@ -21,6 +21,8 @@ import keras
 # Tried on Keras 3.15.1.
 from keras.src.models.functional import Functional
 
+from keras_xfer.variable_group import VariableGroup
+
 BatchNormPolicy = Literal["frozen", "affine", "train"]
 BATCH_NORM_POLICIES: tuple[BatchNormPolicy, ...] = ("frozen", "affine", "train")
 Start = str | int | float
@@ -51,6 +53,18 @@ class Node(NamedTuple):
     layer: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+
+
+class ExactTrainable:
+    """Mixed into a layer: an assignment to its `trainable` always arrives."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "trainable":
+            # On TensorFlow, AutoTrackable drops the assignment of the value that an attribute
+            # already has; a partly thawed layer is `trainable` and must still obey.
+            object.__setattr__(self, name, value)  # straight to the property
+        else:
+            super().__setattr__(name, value)
 
 
 # --- Reading a model -------------------------------------------------------------------------
@@ -267,7 +281,9 @@ def select(
         model: the model that is thawed.
         start: `"all"`; an index into `model.layers`, from the end if negative; the name of a
             layer or of a block; a regular expression over layer names, of which the first full
-            match counts; or a float in (0, 1), the top fraction of `model.layers`.
+            match counts; or a float in (0, 1), the top fraction of `model.layers` (of a
+            SavedModel's trainable variables). The layers of a SavedModel go by their scopes and
+            by the names of their variables too.
         batch_norm: the policy in force; under `"frozen"` a BatchNormalization trains nothing.
         blocks: what block names stand for.
 
@@ -304,7 +320,7 @@ def _position(
                 "Expected the fraction of layers to train, a float strictly between 0 and 1 "
                 f"(use 'all' for the whole model). Received: start={start!r}."
             )
-        index = len(layers) - max(1, round(start * len(layers)))
+        index = _fraction_begins(layers, start)
     else:
         try:
             if isinstance(start, bool):
@@ -327,6 +343,20 @@ def _position(
     return next(i for i, unit in enumerate(all_units) if unit is inner[0])
 
 
+def _fraction_begins(layers: Sequence[keras.Layer], fraction: float) -> int:
+    """Where among `layers` the top `fraction` of them begins; of a SavedModel's variables, where
+    layers are no more than what share a scope."""
+    sizes = [
+        len(_own_trainable(layer)) if isinstance(layer, VariableGroup) else 1 for layer in layers
+    ]
+    left = max(1, round(fraction * sum(sizes)))
+    index = len(layers)
+    while left > 0 and index > 0:
+        index -= 1
+        left -= sizes[index]
+    return index
+
+
 def _named_position(
     model: keras.Layer, all_units: list[keras.Layer], start: str, blocks: Sequence[Any]
 ) -> int:
@@ -336,7 +366,9 @@ def _named_position(
         # A nested model begins where its first layer is.
         first = layer if id(layer) in at or graph_of(layer) is None else units(layer)[0]
         if layer is not model and id(first) in at:
-            names[layer.name] = min(at[id(first)], names.get(layer.name, len(at)))
+            aliases = layer.aliases if isinstance(layer, VariableGroup) else ()
+            for name in (layer.name, *aliases):
+                names[name] = min(at[id(first)], names.get(name, len(at)))
     if start in names:
         return names[start]
     for block in blocks:
@@ -355,7 +387,7 @@ def _named_position(
     near = difflib.get_close_matches(start, candidates, n=3, cutoff=0.0)
     raise ValueError(
         "Expected the name of a layer or a block, or a regular expression that matches a whole "
-        f"layer name. Received: start={start!r}, which matches none of the {len(names)} layers"
+        f"layer name. Received: start={start!r}, which matches none of the {len(names)} names"
         f"{problem}. Nearest: {', '.join(repr(name) for name in near) or 'none'}."
     )
 
@@ -365,7 +397,7 @@ def _can_train(unit: keras.Layer, batch_norm: BatchNormPolicy) -> bool:
     return any(
         _own_trainable(layer)
         for layer in walk(unit)
-        if not (batch_norm == "frozen" and isinstance(layer, keras.layers.BatchNormalization))
+        if not (batch_norm == "frozen" and is_batch_norm(layer))
     )
 
 
@@ -382,6 +414,13 @@ def check_batch_norm(policy: str) -> BatchNormPolicy:
     )
 
 
+def is_batch_norm(layer: Any) -> bool:
+    """Whether `layer` is a BatchNormalization, or holds the variables of one."""
+    if isinstance(layer, VariableGroup):
+        return layer.is_batch_norm
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
 class BatchNormGuard:
     """Holds the BatchNormalization layers of one model to a policy.
 
@@ -392,10 +431,16 @@ class BatchNormGuard:
 
     def __init__(self, model: keras.Layer, policy: BatchNormPolicy) -> None:
         self.policy = policy
-        self.layers = [
-            layer for layer in walk(model) if isinstance(layer, keras.layers.BatchNormalization)
+        inside = walk(model)
+        self.layers = [layer for layer in inside if is_batch_norm(layer)]
+        # The statistics inside a SavedModel move where the whole of it is called.
+        modules = [
+            layer
+            for layer in inside
+            if any(isinstance(each, VariableGroup) for each in top_layers(layer))
+            and layer not in self.layers
         ]
-        for layer in self.layers:
+        for layer in self.layers + modules:
             vars(layer).pop("call", None)  # an earlier guard's: the last one counts
             if policy != "train":
                 _call_without_training(layer)
@@ -414,7 +459,7 @@ def batch_norm_state(layers: Iterable[keras.Layer], policy: BatchNormPolicy) -> 
     `"train"`, several of these joined by a comma, or `"-"` where there is none."""
     states = set()
     for layer in {id(inner): inner for unit in layers for inner in walk(unit)}.values():
-        if isinstance(layer, keras.layers.BatchNormalization):
+        if is_batch_norm(layer):
             affine = any(weight.trainable for weight in _own_trainable(layer))
             moves = layer.trainable and policy == "train"
             states.add("train" if moves else "affine" if affine else "frozen")

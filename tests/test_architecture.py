@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a module may import of the package: what stands on the same or a lower floor.
 FLOORS = {
     1: {
-        "_version", "applications", "blocks", "bundle", "files", "freezing", "handles", "monitor", "running_fit", "retarget", "stages",
-        "structure", "tables",
+        "_version", "applications", "blocks", "bundle", "files", "freezing", "handles", "live_config", "monitor", "running_fit", "retarget", "stages",
+        "saved_model", "structure", "tables", "variable_group",
     },
     2: {"layers", "callbacks"},
     3: {"features", "diagnostics", "reports", "images"},

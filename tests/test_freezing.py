@@ -323,7 +323,7 @@ def test_a_start_out_of_range_is_refused(start):
 
 def test_a_start_that_matches_nothing_names_the_nearest():
     model = nested_model()
-    with pytest.raises(ValueError, match=r"none of the .* layers\. Nearest: 'pair'"):
+    with pytest.raises(ValueError, match=r"none of the .* names\. Nearest: 'pair'"):
         freezing.select(model, "pear")
     with pytest.raises(ValueError, match=r"nor is it a regular expression"):
         freezing.select(model, "pair(")

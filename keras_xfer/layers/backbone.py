@@ -19,7 +19,7 @@ _POOLING = {
 
 
 @keras.saving.register_keras_serializable(package="keras_xfer")
-class Backbone(keras.layers.Layer):
+class Backbone(freezing.ExactTrainable, keras.layers.Layer):
     """A pretrained feature extractor as one layer of any model.
 
     It freezes and thaws exactly, keeps BatchNormalization to a policy whatever is later set on
@@ -169,14 +169,6 @@ class Backbone(keras.layers.Layer):
     def trainable(self, value: bool) -> None:
         freezing.set_trainable(self.model, bool(value))
         self._batch_norm_guard.enforce()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "trainable":
-            # On TensorFlow, AutoTrackable drops the assignment of the value that an attribute
-            # already has; a partly thawed backbone is `trainable` and must still obey.
-            object.__setattr__(self, name, value)  # straight to the property
-        else:
-            super().__setattr__(name, value)
 
     def freeze(self) -> None:
         """Freeze every layer inside.
