@@ -99,12 +99,7 @@ def _download(address: str, handle: str, archive: Path) -> tuple[str, Any, bool]
     digest = hashlib.sha256()
     received = 0
     try:
-        # The scheme has been checked: http or https.
-        response = urllib.request.urlopen(  # noqa: S310
-            urllib.request.Request(address),  # noqa: S310
-            timeout=TIMEOUT_SECONDS,
-            context=_tls_context(),
-        )
+        response = _opener().open(address, timeout=TIMEOUT_SECONDS)
     except (OSError, http.client.HTTPException) as error:
         raise _failure(address, error) from error
     with response:
@@ -136,13 +131,15 @@ def _announced_bytes(response: Any) -> int | None:
     return int(length) if length.isdecimal() else None
 
 
-def _tls_context() -> ssl.SSLContext:
-    context = ssl.create_default_context()
+def _opener() -> urllib.request.OpenerDirector:
+    """A new one each time: urllib's own keeps the proxies that the environment named at first."""
     # Under the very name and value by which tensorflow_hub does it, see its resolver.py.
-    if os.environ.get("TFHUB_DISABLE_CERT_VALIDATION") == "true":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+    if os.environ.get("TFHUB_DISABLE_CERT_VALIDATION") != "true":
+        return urllib.request.build_opener()
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
 
 
 def _failure(address: str, error: Exception) -> HandleError:
