@@ -298,12 +298,13 @@ def select(
     position = _position(model, all_units, start, blocks)
     if not any(_can_train(unit, batch_norm) for unit in all_units[position:]):
         below = [unit.name for unit in all_units[:position] if _can_train(unit, batch_norm)]
-        nearest = f"start at {below[-1]!r} or before it" if below else "the model has no weights"
+        why_not = getattr(model, "why_not_trainable", None) or "the model has no weights"
+        nearest = f"start at {below[-1]!r} or before it" if below else why_not
         raise ValueError(
             "Expected a start from which at least one layer has weights to train"
             + (" (BatchNormalization is frozen by batch_norm='frozen')" * (batch_norm == "frozen"))
             + f". Received: start={start!r}, which selects "
-            f"{[unit.name for unit in all_units[position:]]}; {nearest}."
+            f"{[unit.name for unit in all_units[position:]]}; {nearest.removesuffix('.')}."
         )
     return position
 

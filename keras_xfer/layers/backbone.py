@@ -1,7 +1,9 @@
 """`Backbone`: a pretrained feature extractor as one layer of any model."""
 
 import copy
-from typing import Any, Self
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import keras
 
@@ -9,13 +11,23 @@ from keras_xfer import applications, freezing
 from keras_xfer.blocks import Block
 from keras_xfer.blocks import blocks as find_blocks
 from keras_xfer.blocks import cuts as find_cuts
+from keras_xfer.layers.hub_module import HubModule
 from keras_xfer.layers.preprocessing import BackbonePreprocessing
+from keras_xfer.live_config import LiveConfig
 from keras_xfer.tables import Table
 
 _POOLING = {
     "avg": keras.layers.GlobalAveragePooling2D,
     "max": keras.layers.GlobalMaxPooling2D,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """The images that a SavedModel was trained on."""
+
+    image_size: int | Sequence[int] | None
+    input_range: Sequence[float]
 
 
 @keras.saving.register_keras_serializable(package="keras_xfer")
@@ -105,6 +117,7 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
         self.pooling = pooling
         self._pool = _POOLING[pooling](data_format=_data_format(model)) if pooling else None
         self._batch_norm_guard = freezing.BatchNormGuard(model, batch_norm)
+        self._expected: _Expected | None = None  # where the model itself does not say
         self.trainable = trainable
 
     @classmethod
@@ -153,6 +166,71 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
             application, input_shape=input_shape, weights=weights, pooling=pooling, **kwargs
         )
         return cls(model, batch_norm=batch_norm, trainable=trainable, name=name)
+
+    @classmethod
+    def from_hub(
+        cls,
+        handle: Any,
+        /,
+        *,
+        image_size: int | tuple[int, int] | None = None,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        pooling: str | None = None,
+        batch_norm: freezing.BatchNormPolicy = "frozen",
+        trainable: bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A SavedModel of TensorFlow Hub as a backbone (TensorFlow backend).
+
+        It loads again with `safe_mode=False` alone, see `HubModule`.
+
+        Args:
+            handle: str, path or callable, see `HubModule`.
+            image_size: int, tuple `(height, width)`, or None: what the SavedModel says, if it does.
+            input_range: tuple of two floats, the lowest and the highest value of the images that
+                the SavedModel was trained on; `(0, 1)` is what TensorFlow Hub asks of its modules.
+            pooling: see `Backbone`.
+            batch_norm: see `Backbone`.
+            trainable: see `Backbone`.
+            name: str or None, the layer's name.
+            **kwargs: passed to `HubModule`, such as `output_key="default"` or `sha256=…`.
+
+        Returns:
+            Backbone, whose `preprocessing()` brings images to that size and range.
+
+        Raises:
+            OSError: the SavedModel cannot be had.
+            ValueError: it cannot be called so, or `input_range` is not two ascending numbers.
+
+        Example:
+
+        >>> import tensorflow as tf
+        >>> mean = tf.function(
+        ...     lambda x: tf.reduce_mean(x, axis=(1, 2)),
+        ...     input_signature=[tf.TensorSpec([None, 32, 32, 3])],
+        ... )
+        >>> backbone = Backbone.from_hub(mean)
+        >>> backbone.preprocessing()(255 * keras.ops.ones((1, 8, 8, 3))).shape
+        TensorShape([1, 32, 32, 3])
+
+        Reference:
+            https://www.tensorflow.org/hub/common_signatures/images
+        """
+        low, high = (float(each) for each in input_range)
+        if not low < high:
+            raise ValueError(
+                "Expected input_range to be the lowest and the highest value of an image, such as "
+                f"(0, 1) or (-1, 1). Received: input_range={input_range!r}."
+            )
+        inside: Literal["frozen", "train"] = "train" if batch_norm == "train" else "frozen"
+        module = HubModule(handle, trainable=trainable, batch_norm=inside, **kwargs)
+        backbone = cls(
+            module, batch_norm=batch_norm, trainable=trainable, pooling=pooling, name=name
+        )
+        size = module.image_size if image_size is None else image_size
+        backbone._expected = _Expected(size, (low, high))
+        return backbone
 
     # --- Freezing ----------------------------------------------------------------------------
 
@@ -265,7 +343,7 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
             BackbonePreprocessing, the identity where the model preprocesses by itself.
 
         Raises:
-            ValueError: the model is not one of keras.applications.
+            ValueError: the model is neither one of keras.applications nor from `from_hub`.
 
         Example:
 
@@ -273,6 +351,10 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
         >>> float(backbone.preprocessing()(255.0 * keras.ops.ones((8, 8, 3)))[0, 0, 0])
         1.0
         """
+        if self._expected is not None:
+            low, high = self._expected.input_range
+            kwargs = {"image_size": self._expected.image_size, **kwargs}
+            return BackbonePreprocessing((high - low) / 255, low, **kwargs)
         spec = self.spec
         if spec is None:
             raise ValueError(
@@ -353,24 +435,30 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """The configuration, with the whole model and what of it trains."""
         self._batch_norm_guard.enforce()
-        return {
+        config = {
             **super().get_config(),
             "model": keras.saving.serialize_keras_object(self.model),
             "batch_norm": self.batch_norm,
             "pooling": self.pooling,
             "thawed": freezing.thawed(self.model),
         }
+        if self._expected is not None:
+            config["expected"] = dataclasses.asdict(self._expected)
+        return LiveConfig(config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """A backbone from `get_config`."""
-        config = copy.deepcopy(config)  # Keras empties the parts that it reads
+        trusted = isinstance(config, LiveConfig)
+        config = copy.deepcopy(dict(config))  # Keras empties the parts that it reads
         thawed = config.pop("thawed")
+        expected = config.pop("expected", None)
         config["model"] = keras.saving.deserialize_keras_object(
-            config["model"], custom_objects=custom_objects
+            config["model"], custom_objects=custom_objects, safe_mode=not trusted
         )
         backbone: Self = super().from_config(config)
         freezing.restore_thawed(backbone.model, thawed)
+        backbone._expected = expected and _Expected(**expected)
         return backbone
 
 

@@ -77,6 +77,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
     Example:
 
     >>> import tempfile
+    >>> import numpy as np
     >>> import tensorflow as tf
     >>> class Doubled(tf.Module):
     ...     @tf.function(input_signature=[tf.TensorSpec([None, 2])])
@@ -85,7 +86,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
     >>> folder = tempfile.mkdtemp()
     >>> tf.saved_model.save(Doubled(), folder)
     >>> model = keras.Sequential([keras.Input((2,)), HubModule(folder)])
-    >>> model.predict([[1.0, 2.0]], verbose=0).tolist()
+    >>> model.predict(np.array([[1.0, 2.0]]), verbose=0).tolist()
     [[2.0, 4.0]]
 
     Reference:
@@ -128,7 +129,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         # As an attribute, so that `model.export()` finds tables and files by it.
         self.resolved_object = _load(self.handle, tags, load_options, sha256)
         self._endpoint = saved_model.Endpoint(self.resolved_object, signature, self._described)
-        if trainable and (problem := self._endpoint.why_not_trainable):
+        if trainable and (problem := self.why_not_trainable):
             raise ValueError(
                 f"Expected trainable=False, for {problem} Received: trainable=True for "
                 f"{self._described}."
@@ -207,11 +208,6 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         >>> [variable.name for variable in module.trainable_variables]
         ['high']
         """
-        if problem := self._endpoint.why_not_trainable:
-            raise ValueError(
-                f"Expected a module that can be trained, but {problem} Received: start={start!r} "
-                f"for {self._described}."
-            )
         blocks = self.blocks if isinstance(start, str) and start != "all" else ()
         freezing.thaw(self, freezing.select(self, start, batch_norm="affine", blocks=blocks))
 
@@ -221,6 +217,17 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         from keras_xfer.blocks import blocks
 
         return blocks(self)
+
+    @property
+    def why_not_trainable(self) -> str | None:
+        """What stands against training it; None where it can be trained."""
+        return self._endpoint.why_not_trainable
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the SavedModel takes; None where it takes no images
+        or those of any size."""
+        return self._endpoint.image_size()
 
     # --- Calling -----------------------------------------------------------------------------
 
@@ -298,7 +305,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         """Refuse what would go wrong, and warn of what would do nothing, while `trainable`."""
         if not self.trainable:
             return
-        if problem := self._endpoint.why_not_trainable:
+        if problem := self.why_not_trainable:
             raise ValueError(
                 f"Expected a frozen layer, for {problem} Received: {self._described} with "
                 f"trainable=True. Set layer.trainable = False on layer {self.name!r}."
