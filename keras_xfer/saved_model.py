@@ -15,7 +15,7 @@ def load(folder: str, *, tags: Any = None, options: Any = None) -> Any:
 
     Raises:
         ValueError: it is in the TF1 Hub format, or its graphs carry other tags.
-        OSError: its files cannot be read.
+        OSError: its files cannot be read, or it holds operations that are not registered.
     """
     import tensorflow as tf
 
@@ -29,7 +29,18 @@ def load(folder: str, *, tags: Any = None, options: Any = None) -> Any:
         )
     try:
         return tf.saved_model.load(folder, tags=tags, options=options)
-    except (tf.errors.OpError, OSError) as error:
+    except ValueError as error:  # tags, mostly
+        raise ValueError(f"Cannot load the SavedModel in {folder}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # RuntimeError, IndexError, KeyError, OSError and tf.errors alike
+        if "Op type not registered" in str(error):
+            operation = str(error).split("'")[1]
+            raise OSError(
+                f"Expected a SavedModel of TensorFlow's own operations. There is {operation!r} in "
+                f"{folder}, which another library brings. Import that library first; for text it is "
+                "mostly tensorflow-text: pip install tensorflow-text, and import tensorflow_text."
+            ) from error
         raise OSError(
             f"Cannot load the SavedModel in {folder}: {error}. Its files are damaged or "
             "incomplete: remove the folder and get it again."

@@ -5,6 +5,7 @@ import contextvars
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Literal, Self
@@ -20,6 +21,9 @@ from keras_xfer.live_config import LiveConfig
 from keras_xfer.variable_group import VariableGroup, sanitised, split
 
 _POLICIES = ("frozen", "train")
+# Two layers over one loaded object share its variables: known to Keras twice, each would be updated
+# twice in a step. By the id of the tf.Variable, which lives at least as long as its keras.Variable.
+_variables: weakref.WeakValueDictionary[int, keras.Variable] = weakref.WeakValueDictionary()
 # Old handle -> new, while layers are reloaded.
 _elsewhere: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
     "_elsewhere", default=None
@@ -44,7 +48,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
             `model.export()` wrote, which know inference alone. Defaults to `False`.
         arguments: dict or None, further keyword arguments of the module's call; values that JSON
             has, if the layer is to be saved.
-        tags: set of str or None, which graph of a SavedModel of TensorFlow 1 to load.
+        tags: str, set of str or None, which graph of a SavedModel of TensorFlow 1 to load.
         signature: str or None, the signature to call in place of the module itself.
         signature_outputs_as_dict: bool or None, True to return all outputs of the signature.
         output_key: str or None, which output to return where the module gives a dict.
@@ -118,7 +122,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         # Keras would turn dicts and lists into tracking ones, which JSON does not know.
         self._settings = SimpleNamespace(
             arguments=dict(arguments or {}),
-            tags=None if tags is None else sorted(tags),
+            tags=tags if tags is None or isinstance(tags, str) else sorted(tags),
             signature=signature,
             signature_outputs_as_dict=signature_outputs_as_dict,
             output_key=output_key,
@@ -454,10 +458,14 @@ def _groups(loaded: Any, endpoint: saved_model.Endpoint, layer_name: str) -> lis
         inside = scopes.setdefault(scope, {})
         while last in inside:
             last += "_"
-        with keras.name_scope(layer_name), keras.name_scope(sanitised(scope)):
-            inside[last] = keras.Variable(
-                variable, trainable=trainable, autocast=False, name=sanitised(last)
-            )
+        known = _variables.get(id(variable))
+        if known is None:
+            with keras.name_scope(layer_name), keras.name_scope(sanitised(scope)):
+                known = keras.Variable(
+                    variable, trainable=trainable, autocast=False, name=sanitised(last)
+                )
+            _variables[id(variable)] = known
+        inside[last] = known
     taken: list[str] = []
     for scope in scopes:
         taken.append(sanitised(scope, taken))
