@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 
-def load(folder: str, *, tags: Any = None, options: Any = None) -> Any:
-    """The object that the SavedModel in `folder` holds.
+def load(handle: str, folder: str, *, tags: Any = None, options: Any = None) -> Any:
+    """The object that the SavedModel in `folder` holds, to which `handle` led.
 
     Raises:
         ValueError: it is in the TF1 Hub format, or its graphs carry other tags.
@@ -23,14 +23,17 @@ def load(folder: str, *, tags: Any = None, options: Any = None) -> Any:
         raise ValueError(
             "Expected a SavedModel of TensorFlow 2. There is a module in the TF1 Hub format "
             f"(tfhub_module.pb) in {folder}, which has one graph for training and one for "
-            "inference and cannot be called. Use the later version of the same module (on "
-            "tfhub.dev and Kaggle those marked TF2), or its successor in keras.applications or "
-            "keras-hub."
+            f"inference and cannot be called. Received: handle={handle!r}. Use a later version of "
+            "the same module (on tfhub.dev and Kaggle those for TensorFlow 2), or its successor in "
+            "keras.applications or keras-hub."
         )
     try:
         return tf.saved_model.load(folder, tags=tags, options=options)
     except ValueError as error:  # tags, mostly
-        raise ValueError(f"Cannot load the SavedModel in {folder}: {error}") from error
+        raise ValueError(
+            f"Cannot load the SavedModel in {folder}: {error} Received: handle={handle!r}, "
+            f"tags={tags!r}."
+        ) from error
     except MemoryError:
         raise
     except Exception as error:  # RuntimeError, IndexError, KeyError, OSError and tf.errors alike
@@ -38,12 +41,14 @@ def load(folder: str, *, tags: Any = None, options: Any = None) -> Any:
             operation = str(error).split("'")[1]
             raise OSError(
                 f"Expected a SavedModel of TensorFlow's own operations. There is {operation!r} in "
-                f"{folder}, which another library brings. Import that library first; for text it is "
-                "mostly tensorflow-text: pip install tensorflow-text, and import tensorflow_text."
+                f"{folder}, which another library brings. Received: handle={handle!r}. Import that "
+                "library first; for text it is mostly tensorflow-text: pip install "
+                "tensorflow-text, and import tensorflow_text."
             ) from error
+        what = str(error).partition("\n")[0].rstrip(".")
         raise OSError(
-            f"Cannot load the SavedModel in {folder}: {error}. Its files are damaged or "
-            "incomplete: remove the folder and get it again."
+            f"Cannot load the SavedModel in {folder}: {what}. Received: handle={handle!r}. Its "
+            "files are damaged or incomplete: remove the folder and get it again."
         ) from error
 
 

@@ -434,7 +434,8 @@ def _check_arguments(
 
 def _load(handle: Any, tags: Any, options: Any, sha256: str | None) -> Any:
     if isinstance(handle, str):
-        return saved_model.load(handles.resolve(handle, sha256=sha256), tags=tags, options=options)
+        folder = handles.resolve(handle, sha256=sha256)
+        return saved_model.load(handle, folder, tags=tags, options=options)
     if isinstance(handle, keras.Layer) or not (callable(handle) or hasattr(handle, "signatures")):
         raise TypeError(
             "Expected handle to be a path, an address, or an object that was loaded from a "
