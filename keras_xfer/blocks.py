@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_xfer.freezing import Node, graph_nodes, is_batch_norm, units, walk
+from keras_xfer.freezing import Node, graph_nodes, is_batch_norm, is_saved_model, units, walk
 from keras_xfer.variable_group import VariableGroup
 
 _JOINS = {"Add", "Concatenate"}  # layers, and the operations behind `a + b` and keras.ops
@@ -116,6 +116,8 @@ def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
             strided = _past(segments, joins, i, batch_norm=True)
             ends.add(strided)
     position = {id(layer): i for i, layer in enumerate(layers)}
+    for module in filter(is_saved_model, walk(model)):  # one node, of many units
+        position[id(module)] = position[id(units(module)[-1])]
     return sorted(
         max(position.get(id(node.layer), -1) for segment in segments[: end + 1] for node in segment)
         + 1

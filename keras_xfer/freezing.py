@@ -89,14 +89,25 @@ def graph_of(layer: Any) -> Functional | None:
 def units(model: keras.Layer) -> list[keras.Layer]:
     """The layers that are frozen and thawed one by one, in the model's order.
 
-    They are `model.layers`, with nested functional models opened. A layer that holds others
-    (a transformer block, a wrapper) is one unit and is set as a whole.
+    They are `model.layers`, with nested functional models and SavedModels opened. A layer that
+    holds others (a transformer block, a wrapper) is one unit and is set as a whole.
     """
     found: dict[int, keras.Layer] = {}
     for layer in top_layers(model):
-        inner = units(layer) if graph_of(layer) is not None else [layer]
+        inner = units(layer) if _is_opened(layer) else [layer]
         found.update({id(unit): unit for unit in inner})
     return list(found.values())
+
+
+def is_saved_model(layer: keras.Layer) -> bool:
+    """Whether the direct sublayers of `layer` are the variables of a SavedModel."""
+    return any(
+        isinstance(inner, VariableGroup) for inner in top_layers(layer) if inner is not layer
+    )
+
+
+def _is_opened(layer: keras.Layer) -> bool:
+    return graph_of(layer) is not None or is_saved_model(layer)
 
 
 def top_layers(model: keras.Layer) -> list[keras.Layer]:
@@ -216,7 +227,7 @@ def thaw(model: keras.Layer, position: int = 0) -> None:
     for unit in units(model)[:position]:
         set_trainable(unit, False)
     for layer in walk(model):  # a nested model of which nothing trains is frozen as a whole
-        nested = layer is not model and graph_of(layer) is not None
+        nested = layer is not model and _is_opened(layer)
         if nested and not any(unit.trainable for unit in units(layer)):
             set_trainable(layer, False)
 
@@ -340,7 +351,7 @@ def _position(
             )
         index %= len(layers)
     first = layers[index]
-    inner = units(first) if graph_of(first) is not None else [first]
+    inner = units(first) if _is_opened(first) else [first]
     return next(i for i, unit in enumerate(all_units) if unit is inner[0])
 
 
@@ -365,7 +376,7 @@ def _named_position(
     names: dict[str, int] = {}
     for layer in walk(model):
         # A nested model begins where its first layer is.
-        first = layer if id(layer) in at or graph_of(layer) is None else units(layer)[0]
+        first = units(layer)[0] if id(layer) not in at and _is_opened(layer) else layer
         if layer is not model and id(first) in at:
             aliases = layer.aliases if isinstance(layer, VariableGroup) else ()
             for name in (layer.name, *aliases):
@@ -435,12 +446,7 @@ class BatchNormGuard:
         inside = walk(model)
         self.layers = [layer for layer in inside if is_batch_norm(layer)]
         # The statistics inside a SavedModel move where the whole of it is called.
-        modules = [
-            layer
-            for layer in inside
-            if any(isinstance(each, VariableGroup) for each in top_layers(layer))
-            and layer not in self.layers
-        ]
+        modules = [layer for layer in inside if is_saved_model(layer)]
         for layer in self.layers + modules:
             vars(layer).pop("call", None)  # an earlier guard's: the last one counts
             if policy != "train":
