@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 
-def load(folder: str, *, handle: str | None = None, tags: Any = None, options: Any = None) -> Any:
+def load(handle: str, folder: str, *, tags: Any = None, options: Any = None) -> Any:
     """The object that the SavedModel in `folder` holds, to which `handle` led.
 
     Raises:
@@ -19,7 +19,6 @@ def load(folder: str, *, handle: str | None = None, tags: Any = None, options: A
     """
     import tensorflow as tf
 
-    handle = folder if handle is None else handle
     if (Path(folder) / "tfhub_module.pb").exists():
         raise ValueError(
             "Expected a SavedModel of TensorFlow 2. There is a module in the TF1 Hub format "

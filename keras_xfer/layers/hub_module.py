@@ -435,7 +435,7 @@ def _check_arguments(
 def _load(handle: Any, tags: Any, options: Any, sha256: str | None) -> Any:
     if isinstance(handle, str):
         folder = handles.resolve(handle, sha256=sha256)
-        return saved_model.load(folder, handle=handle, tags=tags, options=options)
+        return saved_model.load(handle, folder, tags=tags, options=options)
     if isinstance(handle, keras.Layer) or not (callable(handle) or hasattr(handle, "signatures")):
         raise TypeError(
             "Expected handle to be a path, an address, or an object that was loaded from a "
