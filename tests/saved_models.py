@@ -110,17 +110,25 @@ def _normalised_dense():
 
     random = np.random.default_rng(3)
 
-    def variable(name, *shape, trainable=True):
+    def variable(name, *shape):
         values = random.uniform(0.2, 1.2, shape).astype("float32")
-        return tf.Variable(values, name=name, trainable=trainable)
+        if "moving" not in name:
+            return tf.Variable(values, name=name)
+        return tf.Variable(  # as TensorFlow's own: each replica's own, and their mean to a reader
+            values,
+            name=name,
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.MEAN,
+        )
 
     return SimpleNamespace(
         top=variable("top/kernel", 5, 3),  # before what is read before it
         kernel=variable("low/kernel", 4, 5),
         gamma=variable("norm/gamma", 5),
         beta=variable("norm/beta", 5),
-        mean=variable("norm/moving_mean", 5, trainable=False),
-        variance=variable("norm/moving_variance", 5, trainable=False),
+        mean=variable("norm/moving_mean", 5),
+        variance=variable("norm/moving_variance", 5),
     )
 
 
