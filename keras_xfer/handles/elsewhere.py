@@ -69,7 +69,7 @@ def kaggle_name_of_page(address: str) -> str | None:
     parts = urllib.parse.urlsplit(address)
     if (parts.hostname or "").removeprefix("www.") != "kaggle.com":
         return None
-    for form in reversed(_KAGGLE_PAGES):  # the longer form also fits the shorter's pattern
+    for form in _KAGGLE_PAGES:
         match = re.fullmatch(form, parts.path)
         if match:
             return "/".join(part for part in match.groups() if part is not None)

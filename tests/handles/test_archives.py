@@ -73,8 +73,9 @@ def test_an_attack_leaves_everything_clean(tmp_path, cache, server, name, way):
     else:
         handle = server.script("/attack", ok(data))
     culprit = members[-1][0].name if "through" not in name else "out"
-    with pytest.raises(OSError, match=re.escape(f"its member {culprit!r} ")):
+    with pytest.raises(OSError, match=re.escape(f"its member {culprit!r} ")) as caught:
         resolve(handle)
+    assert ("is a link to" in str(caught.value)) == ("link" in name)
     assert tree(outside) == {"secret": b"secret"}
     assert names_in(cache) == []
     assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".gz") == [
