@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from keras_xfer._version import __version__
-from keras_xfer.commands.recipe import AUGMENTS, TOP_THIRD, Recipe, UsageError
+from keras_xfer.commands import hub_handles
+from keras_xfer.commands.recipe import AUGMENTS, HUB_OR_BACKBONE, TOP_THIRD, Recipe, UsageError
 
 _DEFAULT = Recipe()
 _OUTPUT_HELP = (
@@ -74,6 +75,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     recipe = _recipe(arguments)
     RunFolder(arguments.output, images=arguments.images)  # refuses before anything is loaded
+    if recipe.hub is not None:
+        hub_handles.look(recipe.hub, recipe.hub_sha256)
     with _quiet_start():
         from keras_xfer.commands import job
         from keras_xfer.commands.screen import Screen
@@ -86,6 +89,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from keras_xfer.files import check_writable
 
     read_labels(arguments.run_dir)
+    hub_handles.trusted(arguments.run_dir / "model.keras", trust=arguments.trust, hub=arguments.hub)
     for path in map(Path, arguments.images):
         if not (path.exists() or path.is_symlink()):
             raise UsageError(f"No such file or folder: {str(path)!r}. Check the path")
@@ -96,7 +100,12 @@ def _predict(arguments: argparse.Namespace) -> int:
         from keras_xfer.commands.screen import Screen, counted
     screen = Screen()
     predictions, skipped = predict(
-        arguments.run_dir, arguments.images, top=arguments.top, screen=screen
+        arguments.run_dir,
+        arguments.images,
+        top=arguments.top,
+        screen=screen,
+        trust=arguments.trust,
+        hub=arguments.hub,
     )
     if arguments.csv is not None:
         write_csv(
@@ -190,8 +199,8 @@ def _add_train(commands: Any) -> None:
         "train",
         help="fine-tune a pretrained model on a folder of images",
         description=(
-            "Fine-tune a model of keras.applications on a folder of images (JPEG, PNG, BMP, GIF, "
-            "WebP of any size): first a new head, then the top blocks at a tenth of the rate, "
+            "Fine-tune a model of keras.applications or of TensorFlow Hub on a folder of images "
+            "(JPEG, PNG, BMP, GIF, WebP of any size): first a new head, then the top blocks at a tenth of the rate, "
             "BatchNormalization frozen. Unreadable images are skipped and listed."
         ),
         epilog=(
@@ -221,8 +230,8 @@ def _add_train(commands: Any) -> None:
     model.add_argument(
         "--backbone",
         metavar="NAME",
-        default=_DEFAULT.backbone,
-        help="a model of keras.applications (default: %(default)s)",
+        default=argparse.SUPPRESS,
+        help=f"a model of keras.applications (default: {_DEFAULT.backbone})",
     )
     model.add_argument(
         "--backbone-arg",
@@ -236,15 +245,37 @@ def _add_train(commands: Any) -> None:
         "--weights",
         metavar="imagenet|none|PATH",
         type=lambda text: None if text == "none" else text,
-        default=_DEFAULT.weights,
+        default=argparse.SUPPRESS,
         help="imagenet is downloaded once; none trains everything from scratch; PATH is a weights "
         "file of the model without its classifier (default: imagenet)",
+    )
+    model.add_argument(
+        "--hub",
+        metavar="HANDLE",
+        help="in place of --backbone and --weights, a SavedModel of TensorFlow Hub or of your own: a "
+        "folder, a .tar.gz, file://, https:// or kaggle://owner/model/framework/variation/version. "
+        "Its code runs with your rights; predict then needs --trust",
+    )
+    model.add_argument(
+        "--hub-range",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+        type=float,
+        default=_DEFAULT.hub_range,
+        help="lowest and highest value of the images that the SavedModel was trained on (default: "
+        "0 1, as modules of TensorFlow Hub)",
+    )
+    model.add_argument(
+        "--hub-sha256",
+        metavar="HEX",
+        help="SHA-256 that the archive of the SavedModel must have",
     )
     model.add_argument(
         "--image-size",
         metavar="N",
         type=int,
-        help="height and width in pixels that images are resized to (default: the model's own)",
+        help="height and width in pixels that images are resized to (default: the model's own; a "
+        "SavedModel that takes any size needs it)",
     )
     model.add_argument(
         "--dropout",
@@ -386,12 +417,27 @@ def _add_predict(commands: Any) -> None:
         type=Path,
         help="write file, rank, prediction, probability there too",
     )
+    predict.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the code of the SavedModel that a model of train --hub holds",
+    )
+    predict.add_argument(
+        "--hub",
+        metavar="HANDLE",
+        help="where that SavedModel is now, if it has moved since",
+    )
     predict.set_defaults(run=_predict)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = vars(arguments)
     recipe = {name: given[name] for name in vars(_DEFAULT) if name in given}
+    if arguments.hub is not None:
+        if {"backbone", "weights"} & given.keys():  # the defaults, too, where they are given
+            raise UsageError(HUB_OR_BACKBONE)
+        recipe["hub"] = hub_handles.located(arguments.hub)
+    recipe["hub_range"] = tuple(arguments.hub_range)
     return Recipe(**recipe, backbone_args=dict(arguments.backbone_arg))
 
 

@@ -15,7 +15,7 @@ from keras_xfer import files
 from keras_xfer.callbacks.backup_and_restore import BackupAndRestore, BackupError
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
-from keras_xfer.commands import training
+from keras_xfer.commands import hub_backbone, training
 from keras_xfer.commands.recipe import Recipe, UsageError
 from keras_xfer.commands.runs import CHECKPOINT, UNFINISHED, RunFolder
 from keras_xfer.commands.screen import EpochLines, Screen, counted, seconds
@@ -127,9 +127,12 @@ def show_model(classifier: Classifier, recipe: Recipe, screen: Screen) -> None:
     """
     weights = "random weights" if recipe.weights is None else f"weights {recipe.weights}"
     screen.line(
-        f"Model    {recipe.backbone} at {classifier.image_size} pixels, {weights}, "
+        f"Model    {recipe.model_name} at {classifier.image_size} pixels, "
+        f"{'' if recipe.hub else weights + ', '}"
         f"{classifier.served.count_params():,} parameters"
     )
+    if recipe.hub and (reason := hub_backbone.why_frozen(classifier.backbone)):
+        screen.line(f"         the head alone trains, for {reason}")
     stages = training.schedule(recipe, classifier.backbone)
     plan = StagedUnfreezing(stages, backbone=classifier.backbone).plan(classifier.trained)
     for _, epochs, _, blocks, _, _, trainable, _, rate in plan.rows:
@@ -325,7 +328,7 @@ def summary(
         "classes": len(folder.class_names),
         **{f"{split}_images": sum(count) for split, count in folder.counts().items()},
         "skipped_images": len(folder.skipped),
-        "backbone": recipe.backbone,
+        "backbone": recipe.model_name,
         "image_size": classifier.image_size,
         "stages": by_stage,
     }

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_xfer.commands import hub_handles
 from keras_xfer.commands.recipe import UsageError
 from keras_xfer.commands.runs import read_labels
 from keras_xfer.commands.screen import Screen
 from keras_xfer.commands.training import one_line
 from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
-from keras_xfer.layers import BackbonePreprocessing
+from keras_xfer.layers import BackbonePreprocessing, HubModule
 
 _BATCH_SIZE = 32
 
@@ -38,6 +39,8 @@ def predict(
     *,
     top: int = 3,
     screen: Screen | None = None,
+    trust: bool = False,
+    hub: str | None = None,
 ) -> tuple[list[Prediction], list[Skipped]]:
     """Let the model of a run classify image files.
 
@@ -46,17 +49,20 @@ def predict(
         paths: Image files, and folders of them.
         top: Int, the most classes to name for each image. Defaults to 3.
         screen: `None`, or a `Screen` that shows the progress.
+        trust: Bool, whether to run the code of the SavedModels that the model holds.
+        hub: `None`, or the handle of a SavedModel to load in their place.
 
     Returns:
         A list of `Prediction` and a list of `Skipped`, the files that are no readable images.
 
     Raises:
-        UsageError: `run` is not the folder of a run, or its model is damaged.
+        UsageError: `run` is not the folder of a run, its model is damaged, or it holds a SavedModel
+            that is not trusted or not there.
         keras_xfer.images.ImageFolderError: A path is missing, or a folder holds no images.
     """
     class_names = read_labels(run)
     files = list_images(paths)
-    model = load_model(run, class_names)
+    model = load_model(run, class_names, trust=trust, hub=hub)
     progress = None if screen is None else screen.progress("predicting")
     predictions: list[Prediction] = []
     skipped: list[Skipped] = []
@@ -81,22 +87,34 @@ def predict(
     return predictions, skipped
 
 
-def load_model(run: str | os.PathLike[str], class_names: Sequence[str]) -> keras.Model:
+def load_model(
+    run: str | os.PathLike[str],
+    class_names: Sequence[str],
+    *,
+    trust: bool = False,
+    hub: str | None = None,
+) -> keras.Model:
     """Load the model of a run.
 
     Args:
         run: Path of the run's folder.
         class_names: The names of its classes.
+        trust: Bool, whether to run the code of the SavedModels that the model holds.
+        hub: `None`, or the handle of a SavedModel to load in their place.
 
     Returns:
         A `keras.Model`.
 
     Raises:
-        UsageError: It does not load, or answers another number of classes.
+        UsageError: It does not load, answers another number of classes, or holds a SavedModel that
+            is not trusted or not there.
     """
     path = Path(run) / "model.keras"
+    held = hub_handles.trusted(path, trust=trust, hub=hub)
+    places = hub_handles.places(held, hub)
     try:
-        model = keras.saving.load_model(path, compile=False)
+        with HubModule.relocated(places):
+            model = keras.saving.load_model(path, compile=False, safe_mode=not held)
     except Exception as error:  # a damaged file can raise anything: zip, JSON, HDF5, Keras
         reason = one_line(error)[:200]
         raise UsageError(

@@ -2,11 +2,18 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 AUGMENTS = ("none", "light", "strong")
 TOP_THIRD = "the top third of the blocks"
+HUB_OR_BACKBONE = (
+    "--hub names the whole model: leave out --backbone, --backbone-arg and --weights, or leave out "
+    "--hub"
+)
+_OF_APPLICATION = ("backbone", "backbone_args", "weights")
+_OF_HUB = ("hub_range", "hub_sha256")
 
 
 class UsageError(ValueError):
@@ -24,8 +31,13 @@ class Recipe:
     Args:
         backbone: Str, a model function of keras.applications.
         backbone_args: Mapping of further arguments of that function, such as `alpha`.
+        hub: None, or the handle of a SavedModel that takes the place of `backbone`,
+            `backbone_args` and `weights`, see `keras_xfer.HubModule`.
+        hub_range: Tuple of two floats, the lowest and highest value of the images it takes.
+        hub_sha256: None, or str, the SHA-256 that its archive must have.
         weights: `"imagenet"`, `None` (random), or the path of a weights file.
-        image_size: Int, height and width in pixels. `None`: what the backbone was trained on.
+        image_size: Int, height and width in pixels. `None`: what the backbone was trained on, as
+            far as a SavedModel says it.
         batch_size: Int, images a batch.
         epochs: Int, epochs in all.
         head_epochs: Int, how many of them train the head alone. `None`: a third.
@@ -60,6 +72,9 @@ class Recipe:
     backbone: str = "MobileNetV2"
     backbone_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = "imagenet"
+    hub: str | None = None
+    hub_range: tuple[float, float] = (0.0, 1.0)
+    hub_sha256: str | None = None
     image_size: int | None = None
     batch_size: int = 32
     epochs: int = 15
@@ -99,6 +114,7 @@ class Recipe:
             raise self._error("augment", f"one of {', '.join(AUGMENTS)}")
         if self.head_epochs is not None and self.head_epochs > self.epochs:
             raise self._error("head_epochs", f"at most the {self.epochs} of --epochs")
+        self._check_hub()
         is_told = self.unfreeze != TOP_THIRD or self.fine_tune_rate is not None or self.head_epochs
         if self.stages is not None and is_told:
             raise UsageError(
@@ -111,6 +127,11 @@ class Recipe:
                 "--weights none everything trains from the first epoch. Leave them out, or give "
                 "--weights PATH"
             )
+
+    @property
+    def model_name(self) -> str:
+        """What the backbone is called: a model of keras.applications, or a handle."""
+        return self.backbone if self.hub is None else self.hub
 
     @property
     def stage_epochs(self) -> tuple[int, int]:
@@ -127,7 +148,25 @@ class Recipe:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.stages is not None and not isinstance(self.stages, str):
             values["stages"] = [stage.get_config() for stage in self.stages]
-        return {**values, "backbone_args": dict(self.backbone_args)}
+        values["backbone_args"] = dict(self.backbone_args)
+        unused = _OF_HUB if self.hub is None else _OF_APPLICATION
+        return {name: value for name, value in values.items() if name not in unused}
+
+    def _check_hub(self) -> None:
+        low, high = self.hub_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UsageError(
+                "--hub-range: expected the lowest and the highest value of an image, such as 0 1 "
+                f"or -1 1. Received: {low:g} {high:g}"
+            )
+        if self.hub is None:
+            if self.hub_range != Recipe.hub_range or self.hub_sha256 is not None:
+                raise UsageError("--hub-range and --hub-sha256 belong to --hub. Leave them out")
+            return
+        if (self.backbone, self.weights) != (Recipe.backbone, Recipe.weights) or self.backbone_args:
+            raise UsageError(HUB_OR_BACKBONE)
+        if self.hub_sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", self.hub_sha256):
+            raise self._error("hub_sha256", "64 hexadecimal digits, as sha256sum prints them")
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

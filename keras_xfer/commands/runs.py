@@ -29,6 +29,8 @@ CHECKPOINT = f"{UNFINISHED}/best.keras"
 _UNFINISHED_FILES = ("training_state.zip", "best.keras", "best.keras.json")
 # What the split is drawn by, of which the fingerprint of the images tells too.
 _DRAWN_BY = {"images", "validation_split", "test_split", "seed"}
+# What only a run with --hub says, or only one without.
+_OF_ONE_KIND = {"backbone", "backbone_args", "weights", "hub_range", "hub_sha256"}
 
 
 class RunFolder:
@@ -195,6 +197,8 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if name == "images_fingerprint":
             if not _DRAWN_BY.intersection(names):
                 found.append("the images have changed since (their names, sizes or dates)")
+        elif name in _OF_ONE_KIND and name not in then:
+            continue  # `hub`, which differs too, says it
         elif name == "stages":
             found += _stage_differences(before, after)
         else:

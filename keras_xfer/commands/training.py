@@ -14,6 +14,7 @@ from keras_xfer import applications
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
+from keras_xfer.commands import hub_backbone
 from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
 from keras_xfer.images import ImageDataset, ImageFolder, class_weights
 from keras_xfer.layers import Backbone
@@ -73,7 +74,7 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
 
     Raises:
         UsageError: There is no such backbone, it takes no images of that size or no such argument,
-            or the weights are not its own.
+            or the weights are not its own; or the SavedModel will not do.
         keras_xfer.applications.WeightsUnavailableError: The ImageNet weights cannot be downloaded.
 
     Example:
@@ -81,8 +82,7 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
     >>> build(recipe, 3).served.output_shape
     (None, 3)
     """
-    backbone = _backbone(recipe)
-    size = backbone.model.input_shape[1]
+    backbone, size = _backbone(recipe) if recipe.hub is None else hub_backbone.build(recipe)
     dropout = keras.layers.Dropout(recipe.dropout, seed=recipe.seed)
     # float32 whatever the policy: float16 logits round the loss.
     dense = keras.layers.Dense(num_classes, dtype="float32", name="logits")
@@ -90,7 +90,7 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
     inputs = keras.Input((size, size, 3), dtype="uint8")
     augmentation = _augmentation(recipe)
     x = inputs if augmentation is None else augmentation(inputs)
-    x = backbone.preprocessing()(x)
+    x = backbone.preprocessing(image_size=None)(x)
     trained = keras.Model(inputs, dense(dropout(backbone(x))), name="training")
 
     inputs = keras.Input((None, None, 3), dtype="uint8", name="images")
@@ -149,6 +149,8 @@ def schedule(recipe: Recipe, backbone: Backbone) -> list[Stage]:
     [(None, 5), ('block_11', 10)]
     """
     recipe = read_stages(recipe)
+    if recipe.hub is not None and (reason := hub_backbone.why_frozen(backbone)):
+        recipe = _of_the_head(recipe, reason)
     if isinstance(recipe.stages, tuple):
         stages, option = _told_stages(recipe.stages, recipe), "--stages"
     else:
@@ -211,6 +213,28 @@ def _stages(recipe: Recipe, backbone: Backbone) -> list[Stage]:
         rate = recipe.fine_tune_rate or recipe.learning_rate / 10
         stages.append(Stage(start, epochs=more_epochs, learning_rate=rate, name="fine-tuning"))
     return stages
+
+
+def _of_the_head(recipe: Recipe, reason: str) -> Recipe:
+    """The recipe for a backbone that cannot be trained."""
+    thawing = []
+    if isinstance(recipe.stages, tuple):
+        if any(stage.unfreeze is not None for stage in recipe.stages):
+            thawing.append("--stages")
+    elif recipe.unfreeze is not None:
+        if recipe.unfreeze != TOP_THIRD:
+            thawing.append("--unfreeze")
+        if recipe.fine_tune_rate is not None:
+            thawing.append("--fine-tune-rate")
+        if recipe.head_epochs not in (None, recipe.epochs):
+            thawing.append("--head-epochs")
+        recipe = dataclasses.replace(recipe, unfreeze=None)
+    if thawing:
+        raise UsageError(
+            f"{' and '.join(thawing)}: {recipe.hub!r} cannot be trained, for {reason}. Leave out "
+            "what thaws it: the head alone trains then"
+        )
+    return recipe
 
 
 def _told_stages(told: Sequence[Stage], recipe: Recipe) -> list[Stage]:
@@ -373,7 +397,7 @@ def one_line(error: BaseException) -> str:
 # How the model is made.
 
 
-def _backbone(recipe: Recipe) -> Backbone:
+def _backbone(recipe: Recipe) -> tuple[Backbone, int]:
     try:
         spec = applications.spec_for(recipe.backbone)
     except ValueError as error:
@@ -415,7 +439,7 @@ def _backbone(recipe: Recipe) -> Backbone:
         raise UsageError(f"--backbone-arg: {one_line(error)}") from error
     if from_file:
         _load_weights(backbone.model, recipe, size)
-    return backbone
+    return backbone, backbone.model.input_shape[1]
 
 
 def _load_weights(model: keras.Model, recipe: Recipe, size: int) -> None:

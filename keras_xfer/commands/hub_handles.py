@@ -1,0 +1,192 @@
+"""SavedModels that `train --hub` names and that a run's model holds, looked at without a framework."""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keras_xfer import handles
+from keras_xfer.commands.recipe import UsageError
+from keras_xfer.handles.local import path_of
+
+# What Keras runs of a file with `safe_mode=False`, beside HubModule, and `train` never writes.
+_RUN_CODE = {"Lambda", "__lambda__", "TFSMLayer", "TorchModuleWrapper"}
+
+
+class Held(NamedTuple):
+    """A SavedModel that a model holds.
+
+    Attributes:
+        handle: Str, where it is.
+        sha256: Str, the SHA-256 that its archive must have, or None.
+    """
+
+    handle: str
+    sha256: str | None
+
+
+def located(handle: str) -> str:
+    """Return a handle that means the same in every folder: a local path is made absolute.
+
+    Args:
+        handle: Str, a path, or an address.
+
+    Returns:
+        Str.
+
+    Raises:
+        UsageError: It is empty, or a `file://` address of another machine.
+
+    Example:
+    >>> located("https://example.com/model/1")
+    'https://example.com/model/1'
+    >>> located("/models/flowers")
+    '/models/flowers'
+    """
+    if not handle.strip():
+        raise UsageError(
+            "--hub: expected the folder, the archive or the address of a SavedModel. Received: ''"
+        )
+    if _scheme(handle) not in ("", "file"):
+        return handle
+    try:
+        return str(path_of(handle))
+    except ValueError as error:
+        raise UsageError(f"--hub: {error}") from error
+
+
+def look(handle: str, sha256: str | None) -> None:
+    """Refuse early what is not there; a download is kept, and found again when it is loaded.
+
+    Args:
+        handle: Str, as `located` returns it.
+        sha256: Str, the SHA-256 that its archive must have, or None.
+
+    Raises:
+        UsageError: There is no SavedModel, or it cannot be had.
+    """
+    if _scheme(handle) not in ("", "http", "https"):  # others load what takes seconds
+        return
+    try:
+        handles.resolve(handle, sha256=sha256)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--hub: {said(error)}") from error
+
+
+def trusted(path: Path, *, trust: bool, hub: str | None) -> list[Held]:
+    """List the SavedModels that a model file holds, if the user has said to trust them.
+
+    Args:
+        path: `pathlib.Path` of the file.
+        trust: Bool, whether the user has said so.
+        hub: None, or a handle that the user has given to load in their place.
+
+    Returns:
+        List of `Held`; empty where there are none, or the file is damaged.
+
+    Raises:
+        UsageError: It holds some and `trust` is False, it would run other code too, or there is
+            none that `hub` could take the place of.
+    """
+    nodes = list(_objects(_config(path)))
+    held = sorted(
+        {
+            Held(str(node["config"].get("handle")), node["config"].get("sha256"))
+            for node in nodes
+            if node["class_name"] == "HubModule"
+        },
+        key=str,
+    )
+    if not held:
+        if hub is not None:
+            raise UsageError(f"--hub: {str(path)!r} holds no SavedModel. Leave it out")
+        return []
+    if not trust:
+        named = " and ".join(repr(each.handle) for each in held)
+        raise UsageError(
+            f"{str(path)!r} runs the code of the SavedModel {named}. Add --trust if you trust "
+            "where it comes from"
+        )
+    if others := sorted({node["class_name"] for node in nodes} & _RUN_CODE):
+        raise UsageError(
+            f"{str(path)!r} would run code of its own too ({', '.join(others)}), which keras-xfer "
+            "train never writes. Do not trust it; train again"
+        )
+    return held
+
+
+def places(held: list[Held], hub: str | None) -> dict[str, str]:
+    """Find the SavedModels of a model, as `HubModule.relocated` takes them.
+
+    Args:
+        held: What `trusted` returned.
+        hub: None, or a handle that the user has given to load in their place.
+
+    Returns:
+        Dict of each handle to that which is to be loaded.
+
+    Raises:
+        UsageError: One cannot be had.
+    """
+    found = {}
+    for each in held:
+        handle = each.handle if hub is None else located(hub)
+        try:
+            handles.resolve(handle, sha256=each.sha256)
+        except (OSError, ValueError, ImportError) as error:
+            if hub is not None and each.sha256 is not None:
+                remedy = "The run has pinned an archive (--hub-sha256): give that archive"
+            elif hub is not None:
+                remedy = f"It takes the place of {each.handle!r}"
+            else:
+                remedy = "If it is elsewhere now, say where: --hub HANDLE"
+            option = "" if hub is None else "--hub: "
+            raise UsageError(f"{option}{said(error).rstrip('.')}. {remedy}") from error
+        found[each.handle] = handle
+    return found
+
+
+def said(error: Exception) -> str:
+    """Return what an error says, in terms of the command.
+
+    Args:
+        error: Of `keras_xfer.handles` or `keras_xfer.HubModule`.
+
+    Returns:
+        Str.
+
+    Example:
+    >>> said(OSError("Leave `sha256` out."))
+    'Leave --hub-sha256 out.'
+    """
+    text = str(getattr(error, "strerror", None) or error)
+    return text.replace("`sha256`", "--hub-sha256")
+
+
+def _scheme(handle: str) -> str:
+    """The scheme of an address, in lower case; a path has none."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(file):", handle, re.IGNORECASE)
+    return (match[1] or match[2]).lower() if match else ""
+
+
+def _config(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return json.loads(file.read("config.json"))
+    except Exception:  # a damaged file can raise anything; loading it says so
+        return None
+
+
+def _objects(config: Any) -> Iterator[dict[str, Any]]:
+    """What Keras makes objects of, however deep."""
+    waiting = [config]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            if isinstance(node.get("class_name"), str) and isinstance(node.get("config"), dict):
+                yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
