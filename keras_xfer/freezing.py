@@ -395,7 +395,7 @@ def _named_position(
     matches = [i for name, i in names.items() if pattern is not None and pattern.fullmatch(name)]
     if matches:
         return min(matches)
-    candidates = [*names, *(block.name for block in blocks)]
+    candidates = list(dict.fromkeys([*names, *(block.name for block in blocks)]))
     near = difflib.get_close_matches(start, candidates, n=3, cutoff=0.0)
     raise ValueError(
         "Expected the name of a layer or a block, or a regular expression that matches a whole "

@@ -30,6 +30,11 @@ def load(handle: str, folder: str, *, tags: Any = None, options: Any = None) -> 
     try:
         return tf.saved_model.load(folder, tags=tags, options=options)
     except ValueError as error:  # tags, mostly
+        if "0 MetaGraphs" in str(error):
+            raise OSError(
+                f"Cannot load the SavedModel in {folder}: it is empty. Received: "
+                f"handle={handle!r}. Its files are damaged: remove the folder and get it again."
+            ) from error
         raise ValueError(
             f"Cannot load the SavedModel in {folder}: {error} Received: handle={handle!r}, "
             f"tags={tags!r}."

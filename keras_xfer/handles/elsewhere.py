@@ -102,7 +102,7 @@ def resolve_with_kagglehub(name: str) -> str:
     if kagglehub is None:
         raise ImportError(
             f"Models of Kaggle are fetched by kagglehub, which is not installed. "
-            f"Received: handle for {name!r}. Install it with: pip install 'keras-xfer[kaggle]'"
+            f"Received: handle='kaggle://{name}'. Install it with: pip install 'keras-xfer[kaggle]'"
         )
     try:
         folder = kagglehub.model_download(name)

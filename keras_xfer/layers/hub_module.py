@@ -7,6 +7,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self
 
@@ -151,7 +152,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         """While it holds, a layer that is loaded from a file looks for its SavedModel elsewhere.
 
         For a model whose SavedModel has moved since, or came from another machine. The layer keeps
-        the new handle.
+        the new handle; a `sha256` that it was made with holds for an archive, not for a folder.
 
         Args:
             handles: dict of each old handle, as the error about it writes it, to the new one.
@@ -390,6 +391,10 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         thawed = config.pop("thawed", None)
         old = config["handle"]
         config["handle"] = (_elsewhere.get() or {}).get(old, old)
+        if config["handle"] != old and Path(config["handle"]).expanduser().is_dir():
+            config.pop(
+                "sha256", None
+            )  # which pins an archive: whoever says where the folder is, knows it
         try:
             layer = cls(**config)
         except OSError as error:
