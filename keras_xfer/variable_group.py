@@ -1,10 +1,18 @@
 """`VariableGroup`: variables that came without a Keras layer around them, as one."""
 
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 
+# Two layers over one loaded object share its variables: known to Keras twice, each would be updated
+# twice in a step. By the id of the tf.Variable, which lives as long as its keras.Variable, and whether
+# it is to be trained.
+_known: weakref.WeakValueDictionary[tuple[int, bool], keras.Variable] = (
+    weakref.WeakValueDictionary()
+)
 _STATISTICS = {"moving_mean", "moving_variance"}  # of BatchNormalization, in every TensorFlow
 
 
@@ -32,25 +40,59 @@ class VariableGroup(keras.layers.Layer):
 
     def __init__(self, scope: str, variables: dict[str, keras.Variable], *, name: str) -> None:
         super().__init__(name=name)
-        self.aliases = tuple(dict.fromkeys([scope, *(join(scope, each) for each in variables)]))
+        self.aliases = tuple(dict.fromkeys([scope, *(_join(scope, each) for each in variables)]))
         self.is_batch_norm = set(variables) >= _STATISTICS
         for i, variable in enumerate(variables.values()):
             setattr(self, f"variable_{i}", variable)  # Keras tracks it from here
         self.built = True
 
 
-def split(name: str) -> tuple[str, str]:
+def grouped(variables: Iterable[tuple[str, Any, bool]], layer_name: str) -> list[VariableGroup]:
+    """Variables of TensorFlow, known to Keras and grouped by scope, in the order in which they come.
+
+    Args:
+        variables: of each its name with slashes, the tf.Variable, and whether it is to be trained.
+        layer_name: str, the layer that they belong to, where their paths begin.
+
+    Returns:
+        list of VariableGroup, with names of their own.
+    """
+    scopes: dict[str, dict[str, keras.Variable]] = {}
+    for name, variable, trainable in variables:
+        scope, last = _split(name)
+        inside = scopes.setdefault(scope, {})
+        while last in inside:
+            last += "_"
+        key = id(variable), trainable
+        if key not in _known:
+            with keras.name_scope(layer_name), keras.name_scope(_sanitised(scope)):
+                made = keras.Variable(
+                    variable, trainable=trainable, autocast=False, name=_sanitised(last)
+                )
+            _known[key] = made
+        inside[last] = _known[key]
+        inside[last].trainable = trainable  # a layer that shares it may have frozen it
+    taken: list[str] = []
+    for scope in scopes:
+        taken.append(_sanitised(scope, taken))
+    return [
+        VariableGroup(scope, inside, name=name)
+        for name, (scope, inside) in zip(taken, scopes.items(), strict=True)
+    ]
+
+
+def _split(name: str) -> tuple[str, str]:
     """A variable's scope and its name within it: one that has no scope is one of its own."""
     scope, _, last = name.rpartition("/")
     return scope or last, last
 
 
-def join(scope: str, last: str) -> str:
-    """The inverse of `split`."""
+def _join(scope: str, last: str) -> str:
+    """The inverse of `_split`."""
     return last if scope == last else f"{scope}/{last}"
 
 
-def sanitised(name: str, taken: Sequence[str] = ()) -> str:
+def _sanitised(name: str, taken: Sequence[str] = ()) -> str:
     """`name` as Keras allows it, without slashes, and none of `taken`."""
     name = re.sub(r"[^0-9A-Za-z_.\-]+", "_", name).strip("_") or "variable"
     number = 1

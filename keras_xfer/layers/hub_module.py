@@ -5,7 +5,6 @@ import contextvars
 import json
 import os
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +18,9 @@ from keras.src.saving.serialization_lib import in_safe_mode
 
 from keras_xfer import freezing, handles, saved_model
 from keras_xfer.live_config import LiveConfig
-from keras_xfer.variable_group import VariableGroup, sanitised, split
+from keras_xfer.variable_group import grouped
 
 _POLICIES = ("frozen", "train")
-# Two layers over one loaded object share its variables: known to Keras twice, each would be updated
-# twice in a step. By the id of the tf.Variable, which lives at least as long as its keras.Variable.
-_variables: weakref.WeakValueDictionary[int, keras.Variable] = weakref.WeakValueDictionary()
 # Old handle -> new, while layers are reloaded.
 _elsewhere: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.ContextVar(
     "_elsewhere", default=None
@@ -139,7 +135,9 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
                 f"Expected trainable=False, for {problem} Received: trainable=True for "
                 f"{self._described}."
             )
-        self.groups = _groups(self.resolved_object, self._endpoint, self.name)
+        self.groups = grouped(
+            saved_model.variables(self.resolved_object, self._endpoint), self.name
+        )
         self._warned = False
         self.built = True  # its variables came with it
         self.trainable = trainable
@@ -454,31 +452,6 @@ def _load(handle: Any, tags: Any, options: Any, sha256: str | None) -> Any:
             f"handle={handle!r}, {', '.join(f'{key}={value!r}' for key, value in given.items())}."
         )
     return handle
-
-
-def _groups(loaded: Any, endpoint: saved_model.Endpoint, layer_name: str) -> list[VariableGroup]:
-    """The variables of `loaded`, known to Keras, by scope and in forward order."""
-    scopes: dict[str, dict[str, keras.Variable]] = {}
-    for name, variable, trainable in saved_model.variables(loaded, endpoint):
-        scope, last = split(name)
-        inside = scopes.setdefault(scope, {})
-        while last in inside:
-            last += "_"
-        known = _variables.get(id(variable))
-        if known is None:
-            with keras.name_scope(layer_name), keras.name_scope(sanitised(scope)):
-                known = keras.Variable(
-                    variable, trainable=trainable, autocast=False, name=sanitised(last)
-                )
-            _variables[id(variable)] = known
-        inside[last] = known
-    taken: list[str] = []
-    for scope in scopes:
-        taken.append(sanitised(scope, taken))
-    return [
-        VariableGroup(scope, inside, name=name)
-        for name, (scope, inside) in zip(taken, scopes.items(), strict=True)
-    ]
 
 
 def _dtype_of_layer(dtype: Any) -> Any:
