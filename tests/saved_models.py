@@ -213,6 +213,24 @@ def dict_output(folder: Path) -> Path:
     return folder
 
 
+def feature_map(folder: Path) -> Path:
+    """Images (B, 6, 6, 3) in, a feature map (B, 4, 4, 4) out."""
+    import tensorflow as tf
+
+    class FeatureMap(tf.Module):
+        def __init__(self):
+            super().__init__()
+            values = np.random.default_rng(6).normal(size=(3, 3, 3, 4)).astype("float32")
+            self.kernel = tf.Variable(values / 255, name="conv/kernel")
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 6, 6, 3])])
+        def __call__(self, images):
+            return tf.nn.conv2d(images, self.kernel, 1, "VALID")
+
+    tf.saved_model.save(FeatureMap(), str(folder))
+    return folder
+
+
 def dict_input(folder: Path) -> Path:
     """A dict of numbers (B, 2) and strings (B,) in, (B, 2) out."""
     import tensorflow as tf

@@ -100,6 +100,23 @@ def test_a_training_is_that_of_tensorflow_hub(saved):
     assert_same(model.predict(x, verbose=0), oracle.predict(x, verbose=0), atol=1e-4)
 
 
+def test_a_loop_of_ones_own_gets_the_gradients(saved):
+    x, y = inputs_of("tower"), targets_of("tower")
+    loaded = tf.saved_model.load(str(saved("tower")))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((loaded(x, training=False) - y) ** 2)
+    gradients = tape.gradient(loss, loaded.trainable_variables)
+    expected = dict(zip([each.name for each in loaded.trainable_variables], gradients, strict=True))
+    layer = HubModule(saved("tower"))
+    layer.unfreeze("block2")
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((layer(x, training=True) - y) ** 2)
+    mine = tape.gradient(loss, [each.value for each in layer.trainable_variables])
+    assert len(mine) == 6
+    for variable, gradient in zip(layer.trainable_variables, mine, strict=True):
+        assert_same(gradient, expected[variable.value.name], atol=1e-5)
+
+
 # --- BatchNormalization and dropout ----------------------------------------------------------
 
 
@@ -182,6 +199,17 @@ def test_regularisation_counts_while_something_trains(saved, name, policy):
     layer.freeze()
     model(x)
     assert model.losses == []
+
+
+@pytest.mark.xfail(strict=True, reason="each call adds them once more")
+def test_regularisation_counts_once_in_a_model_that_calls_it_twice(saved):
+    """As it does in Keras's own layers, and in tensorflow_hub."""
+    layer = HubModule(saved("reusable"), trainable=True)
+    left, right = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([left, right], layer(left) - layer(right))
+    model([numbers(4, 4), numbers(4, 4)])
+    expected = regularisation(saved("reusable"))
+    assert sum(map(float, model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
 # --- what cannot be trained ------------------------------------------------------------------
