@@ -398,17 +398,18 @@ def test_the_dtype_is_of_the_output_alone(saved):
     assert HubModule(lambda x: tf.cast(x, "int32"), dtype="float16")(numbers(2)).dtype == tf.int32
 
 
-@pytest.mark.parametrize("way", [{"run_eagerly": True}, {"steps_per_execution": 2}])
-def test_the_way_a_step_is_run_does_not_show(saved, way):
+def test_the_way_a_step_is_run_does_not_show(saved):
     trained = []
-    for each in ({}, way):
+    for way in ({}, {"run_eagerly": True}, {"steps_per_execution": 2}):
         layer = HubModule(saved("reusable"), trainable=True, batch_norm="train")
         model = keras.Sequential([keras.Input((4,)), layer])
-        model.compile(keras.optimizers.SGD(0.1), "mse", **each)
-        model.fit(numbers(8, 4), numbers(8, 3), batch_size=2, epochs=2, shuffle=False, verbose=0)
+        model.compile(keras.optimizers.SGD(0.1), "mse", **way)
+        model.fit(numbers(8, 4), numbers(8, 3), batch_size=2, shuffle=False, verbose=0)
         trained.append(layer.get_weights())
-    assert_same(*trained, atol=1e-6)
-    assert not np.allclose(trained[0][0], HubModule(saved("reusable")).get_weights()[0])
+    assert_same(trained[1], trained[0], atol=1e-6)
+    assert_same(trained[2], trained[0], atol=1e-6)
+    before = HubModule(saved("reusable")).get_weights()
+    assert not any(np.allclose(*pair) for pair in zip(before, trained[0], strict=True))
 
 
 def test_a_model_with_it_is_not_compiled_by_xla(saved):
