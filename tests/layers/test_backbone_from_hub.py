@@ -100,11 +100,7 @@ def test_from_hub_holds_statistics_and_dropout(saved, policy):
     ("start", "first"),
     [
         ("block2", "block2_conv"),
-        ("top", "top"),
         (0.2, "top"),
-        (0.5, "block2_conv"),
-        (-2, "block2_bn"),
-        ("block2_conv/kernel", "block2_conv"),
         ("all", "block1_conv"),
     ],
 )
@@ -137,7 +133,7 @@ def within_a_model(saved):
     return module, Backbone(inner)
 
 
-@pytest.mark.parametrize("start", ["block2_conv", "block2_conv/kernel", "block2_.*"])
+@pytest.mark.parametrize("start", ["block2_conv/kernel", "block2_.*"])
 def test_a_module_within_a_model_is_thawed_by_its_scopes(saved, start):
     module, backbone = within_a_model(saved)
     backbone.unfreeze(start)
