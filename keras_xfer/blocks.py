@@ -91,10 +91,8 @@ def _flow(model: keras.Layer) -> tuple[list[Node], list[Node]]:
 def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
     """Positions in `layers` before which a block may end."""
     nodes, cut_nodes = _flow(model)
-    if not nodes and (numbered := _numbered_scopes(layers)):
-        return numbered
     if not nodes:
-        return [i for i, layer in enumerate(layers) if i and _has_own_weights(layer)]
+        return _scope_ends(layers)
     at = {id(node): i for i, node in enumerate(nodes)}
     segments = [
         nodes[begin + 1 : end + 1]
@@ -116,12 +114,23 @@ def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
             strided = _past(segments, joins, i, batch_norm=True)
             ends.add(strided)
     position = {id(layer): i for i, layer in enumerate(layers)}
+    inner: set[int] = set()
     for module in filter(is_saved_model, walk(model)):  # one node, of many units
-        position[id(module)] = position[id(units(module)[-1])]
+        groups = units(module)
+        begin = position[id(groups[0])]
+        inner.update(begin + end for end in _scope_ends(groups))
+        position[id(module)] = position[id(groups[-1])]
     return sorted(
-        max(position.get(id(node.layer), -1) for segment in segments[: end + 1] for node in segment)
-        + 1
-        for end in ends
+        inner
+        | {
+            1
+            + max(
+                position.get(id(node.layer), -1)
+                for segment in segments[: end + 1]
+                for node in segment
+            )
+            for end in ends
+        }
     )
 
 
@@ -134,15 +143,15 @@ def _named_concatenations(layers: Sequence[keras.Layer]) -> list[int]:
     ]
 
 
-def _numbered_scopes(layers: Sequence[keras.Layer]) -> list[int]:
-    """Positions where, in a SavedModel, one numbered scope ends and the next begins; none where
-    the most of its variables stand in no such scope."""
+def _scope_ends(layers: Sequence[keras.Layer]) -> list[int]:
+    """Positions before which a block may end, in layers that no graph connects: where, in a
+    SavedModel, the number in the scope changes, or else before each layer that holds weights."""
     scopes = [
         _NUMBERED_SCOPE.match(layer.aliases[0]) if isinstance(layer, VariableGroup) else None
         for layer in layers
     ]
     if sum(scope is not None for scope in scopes) * 2 < len(layers):
-        return []
+        return [i for i, layer in enumerate(layers) if i and _has_own_weights(layer)]
     keys = [scope and scope[0] for scope in scopes]
     return [i for i in range(1, len(keys)) if keys[i] != keys[i - 1]]
 

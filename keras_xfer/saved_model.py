@@ -185,6 +185,22 @@ class Endpoint:
                 return {key: keras.KerasTensor(shapes[key], nest[key].dtype.name) for key in nest}
         return keras.tree.map_shape_structure(keras.KerasTensor, shapes)
 
+    def check_symbolic(self, inputs: Any) -> None:
+        """Refuse, in the way that a Sequential without an Input understands, numbers for strings.
+
+        Such a model takes its input for floating, and goes on without shapes where a layer says
+        NotImplementedError.
+        """
+        import tensorflow as tf
+
+        wanted = {leaf.dtype for nest in self.accepted for leaf in tf.nest.flatten(nest)}
+        given = {leaf.dtype for leaf in keras.tree.flatten(inputs)}
+        if wanted == {tf.string} and "string" not in given:
+            raise NotImplementedError(
+                f"Expected strings, which is what {self._described} takes. Received: "
+                f"inputs={inputs}. Begin the model with keras.Input((), dtype='string')."
+            )
+
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that the module takes, where it says them."""
         for nest in self.accepted:
@@ -263,11 +279,14 @@ def _written(spec: Any) -> str:
 # --- Variables -------------------------------------------------------------------------------
 
 
-def variables(loaded: Any, endpoint: Endpoint) -> list[tuple[str, Any, bool]]:
+def variables(loaded: Any, endpoint: Endpoint, described: str) -> list[tuple[str, Any, bool]]:
     """The variables of a loaded object, as the forward pass first reads them.
 
     Returns:
         list of (name with slashes and without `:0`, tf.Variable, whether it is to be trained).
+
+    Raises:
+        ValueError: one has no fixed shape.
     """
     read: dict[int, Any] = {}
     for each in endpoint.concrete:
@@ -288,7 +307,39 @@ def variables(loaded: Any, endpoint: Endpoint) -> list[tuple[str, Any, bool]]:
     if endpoint.why_not_trainable:
         training = set()
     names = _names(loaded, every)
+    for name, variable in zip(names, every, strict=True):
+        if not variable.shape.is_fully_defined():
+            raise ValueError(
+                f"Expected variables of fixed shape, which Keras alone can save. Received: {name!r} "
+                f"of shape {variable.shape} in {described}. Save the module again with "
+                "tf.Variable(…) of one shape, or call it in a tf.data map."
+            )
     return [(name, v, id(v) in training) for name, v in zip(names, every, strict=True)]
+
+
+def losses(loaded: Any, described: str) -> list[tuple[Callable[[], Any], list[Any]]]:
+    """The regularisation losses of a loaded object, each with the variables that it reads.
+
+    Raises:
+        ValueError: one of them is no callable.
+    """
+    import tensorflow as tf
+
+    found: list[tuple[Callable[[], Any], list[Any]]] = []
+    for loss in getattr(loaded, "regularization_losses", None) or ():
+        if not callable(loss):
+            raise ValueError(
+                "Expected regularization_losses to be callables that give a scalar. Received: "
+                f"{loss!r} among those of {described}."
+            )
+        concrete = getattr(loss, "concrete_functions", ())
+        read = [variable for each in concrete for variable in each.variables]
+        if not concrete:  # written in Python
+            with tf.GradientTape() as tape:
+                loss()
+            read = list(tape.watched_variables())
+        found.append((loss, read))
+    return found
 
 
 def _unique(items: Any) -> list[Any]:

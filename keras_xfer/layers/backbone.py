@@ -228,7 +228,8 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
         backbone = cls(
             module, batch_norm=batch_norm, trainable=trainable, pooling=pooling, name=name
         )
-        size = module.image_size if image_size is None else image_size
+        size: Any = module.image_size if image_size is None else image_size
+        size = tuple(size) if isinstance(size, Sequence) else size
         backbone._expected = _Expected(size, (low, high))
         return backbone
 
@@ -458,7 +459,11 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
         )
         backbone: Self = super().from_config(config)
         freezing.restore_thawed(backbone.model, thawed)
-        backbone._expected = expected and _Expected(**expected)
+        if expected is not None:
+            size = expected["image_size"]
+            backbone._expected = _Expected(
+                tuple(size) if isinstance(size, list) else size, tuple(expected["input_range"])
+            )
         return backbone
 
 

@@ -34,13 +34,15 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
     `tensorflow_hub.KerasLayer` is a layer of Keras 2: Keras 3 refuses it, or runs it without ever
     training it. HubModule takes the same arguments and gives the same answers; its variables are the
     SavedModel's own, known to Keras one by one, in the order in which the forward pass reads them.
-    TensorFlow backend only.
+    Its regularisation losses count while the variables that they read are trained. TensorFlow
+    backend only.
 
     Args:
         handle: str, path or callable: a folder that holds a SavedModel, a `.tar.gz` of one, an
             address on the web (downloaded once, see `keras_xfer.handles.resolve`), a
             `kaggle://owner/model/framework/variation/version`, or an object that was loaded
-            already (which cannot be saved with the model).
+            already (which cannot be saved with the model, and whose variables are shared by all
+            layers over it: what trains in one trains in all).
         trainable: bool, whether all variables start thawed. Refused for a signature and for what
             `model.export()` wrote, which know inference alone. Defaults to `False`.
         arguments: dict or None, further keyword arguments of the module's call; values that JSON
@@ -54,7 +56,8 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         load_options: `tf.saved_model.LoadOptions` or None; not saved with the layer.
         batch_norm: what happens inside while it trains. `"frozen"`: all thawed weights train, and
             the statistics of BatchNormalization and dropout stay as in inference; `"train"`: as
-            the module was written. Defaults to `"frozen"`. (A `Backbone` around it with
+            the module was written, which is called whole, so that all its statistics move as soon
+            as one of its variables trains. Defaults to `"frozen"`. (A `Backbone` around it with
             `batch_norm="frozen"` freezes gamma and beta too.)
         sha256: str or None, the SHA-256 that an archive must have, in hexadecimal digits.
         name: str or None, the layer's name.
@@ -136,8 +139,9 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
                 f"{self._described}."
             )
         self.groups = grouped(
-            saved_model.variables(self.resolved_object, self._endpoint), self.name
+            saved_model.variables(self.resolved_object, self._endpoint, self._described), self.name
         )
+        self._attach_losses()
         self._warned = False
         self.built = True  # its variables came with it
         self.trainable = trainable
@@ -243,9 +247,6 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         self._check_trainable()
         self._check_strategy()
         trains = any(weight.trainable for weight in self.weights)
-        if trains:
-            for loss in getattr(self.resolved_object, "regularization_losses", None) or ():
-                self.add_loss(loss())
         return self._run(inputs, bool(training) and trains and self.batch_norm == "train")
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002  # Keras's signature
@@ -253,6 +254,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         import tensorflow as tf
 
         self._check_strategy()
+        self._endpoint.check_symbolic(inputs)
         traced = tf.function(lambda x: self._run(x, training=False), autograph=False)
         outputs = traced.get_concrete_function(
             tf.nest.map_structure(_as_tensor_spec, inputs)
@@ -303,6 +305,18 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
                 "output_shape=(1280,)."
             )
         return keras.KerasTensor(tuple(spec.shape), spec.dtype.name, ragged=_is_ragged(spec))
+
+    def _attach_losses(self) -> None:
+        """Let each regularisation loss count, once, while a variable that it reads is trained."""
+        weights = {id(weight.value): weight for weight in self.weights}
+        losses: dict[int, list[Any]] = {}
+        for loss, read in saved_model.losses(self.resolved_object, self._described):
+            known = [key for key in map(id, read) if key in weights]
+            trained = [key for key, weight in weights.items() if weight.trainable]
+            for key in (known or trained)[:1]:
+                losses.setdefault(key, []).append(loss)
+        for key, those in losses.items():
+            weights[key].regularizer = lambda _, those=those: sum(loss() for loss in those)
 
     def _check_trainable(self) -> None:
         """Refuse what would go wrong, and warn of what would do nothing, while `trainable`."""
@@ -370,7 +384,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
             }
         )
         thawed = freezing.thawed(self)
-        if 1 < len(thawed["layers"]) <= len(self.groups) or thawed["weights"]:
+        if 0 < len(thawed["layers"]) <= len(self.groups) or thawed["weights"]:
             config["thawed"] = thawed  # not none and not all
         return config
 

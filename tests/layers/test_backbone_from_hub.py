@@ -142,7 +142,6 @@ def test_a_module_within_a_model_is_thawed_by_its_scopes(saved, start):
     assert moved(before, weights(module)) == names(TOWER[2:]) - STATISTICS - AFFINE
 
 
-@pytest.mark.xfail(strict=True, reason="the whole module is one block there")
 def test_a_module_within_a_model_has_its_blocks(saved):
     _, backbone = within_a_model(saved)
     assert [block.name for block in backbone.blocks] == ["block1", "block2", "top"]
@@ -319,7 +318,6 @@ def test_it_comes_back_whole(saved, tmp_path):
     assert float(np.min(again.preprocessing()(images))) < -0.9
 
 
-@pytest.mark.xfail(strict=True, reason="input_range comes back as a list")
 def test_its_configuration_comes_back_equal(saved, tmp_path):
     backbone = Backbone.from_hub(saved("tower"), name="base")
     keras.Sequential([keras.Input((8, 8, 3)), backbone]).save(tmp_path / "model.keras")

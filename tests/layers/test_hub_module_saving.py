@@ -105,7 +105,6 @@ def test_what_is_thawed_comes_back(saved, tmp_path, start):
     assert sum(changed) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="the configuration leaves out that no group is thawed")
 def test_groups_that_were_all_frozen_by_hand_come_back_frozen(saved):
     layer = HubModule(saved("reusable"), trainable=True)
     for group in layer.groups:
