@@ -3,6 +3,8 @@
 import re
 import urllib.parse
 
+from keras_xfer.handles.failures import without_secret
+
 # What the addresses of former hosts became, tried in this order; `{path}` is what follows the host.
 #
 # tfhub.dev itself answers by redirecting to the model's place on Kaggle Models, and its owners
@@ -38,7 +40,7 @@ def addresses(handle: str) -> tuple[str, ...]:
         Tuple of strings, each with the query that asks for the compressed module.
 
     Raises:
-        ValueError: it is no address.
+        ValueError: it is no address, or one with a password.
 
     Example:
     >>> addresses("https://example.com/model?version=2")
@@ -76,7 +78,13 @@ def _checked_parts(handle: str) -> urllib.parse.SplitResult:
     if not is_sound or not handle.isascii() or re.search(r"[\x00-\x20\x7f]", handle):
         raise ValueError(
             "Expected an address such as https://host/path, with spaces and letters beyond ASCII "
-            f"written as %20 and the like. Received: handle={handle!r}"
+            f"written as %20 and the like. Received: handle={without_secret(handle)!r}"
+        )
+    if "@" in parts.netloc:  # urllib takes it for a part of the host
+        raise ValueError(
+            "Expected an address without a user name and a password. Received: "
+            f"handle={without_secret(handle)!r}. Fetch the archive with a program that logs in, "
+            "and give its path as the handle."
         )
     return parts
 

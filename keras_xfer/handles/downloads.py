@@ -15,7 +15,7 @@ from typing import Any
 
 from keras_xfer.handles import archives
 from keras_xfer.handles.addresses import MOVED, addresses, has_moved
-from keras_xfer.handles.failures import BY_HAND, HandleError, writing
+from keras_xfer.handles.failures import BY_HAND, HandleError, shown, writing
 
 # No byte for so long is a failure; a slow server that goes on sending is none.
 TIMEOUT_SECONDS = 60.0
@@ -24,6 +24,7 @@ TIMEOUT_SECONDS = 60.0
 RETRY_WAITS_SECONDS = (0.5, 2.0)
 
 _BLOCK_BYTES = 1 << 20
+_MOST_DIGITS = 18
 _SECONDS_BETWEEN_LINES = 0.2
 
 
@@ -100,15 +101,15 @@ def _download(address: str, handle: str, archive: Path) -> tuple[str, Any, bool]
     received = 0
     try:
         response = _opener().open(address, timeout=TIMEOUT_SECONDS)
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:  # urllib raises ValueError, too, at what a server says
         raise _failure(address, error) from error
     with response:
-        length = _announced_bytes(response)
+        length = _announced_bytes(response, address)
         with writing(archive), archive.open("wb") as file, _Progress(handle, length) as progress:
             while received != length:
                 try:
                     block = response.read1(_BLOCK_BYTES)
-                except (OSError, http.client.HTTPException) as error:
+                except Exception as error:  # as above
                     raise _failure(address, error) from error
                 if not block:
                     break
@@ -126,8 +127,10 @@ def _download(address: str, handle: str, archive: Path) -> tuple[str, Any, bool]
     return digest.hexdigest(), response.headers, length is not None
 
 
-def _announced_bytes(response: Any) -> int | None:
+def _announced_bytes(response: Any, address: str) -> int | None:
     length = response.headers.get("Content-Length", "")
+    if len(length) > _MOST_DIGITS:
+        raise _failure(address, ValueError(f"a Content-Length of {len(length)} digits"))
     return int(length) if length.isdecimal() else None
 
 
@@ -135,17 +138,31 @@ def _opener() -> urllib.request.OpenerDirector:
     """A new one each time: urllib's own keeps the proxies that the environment named at first."""
     # Under the very name and value by which tensorflow_hub does it, see its resolver.py.
     if os.environ.get("TFHUB_DISABLE_CERT_VALIDATION") != "true":
-        return urllib.request.build_opener()
+        return urllib.request.build_opener(_Redirects)
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    return urllib.request.build_opener(urllib.request.HTTPSHandler(context=context))
+    return urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=context))
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib's own, which leaves the connection open at an address that it cannot read."""
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _failure(address: str, error: Exception) -> HandleError:
     """Say what went wrong on the network and what can be done about it."""
     if isinstance(error, urllib.error.HTTPError):
         error.close()
+        error.msg = shown(" ".join(error.msg.split()))  # a traceback shows it as well
         return _refusal(address, error)
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     expected = f"Expected an archive from {address}, but "
@@ -160,6 +177,13 @@ def _failure(address: str, error: Exception) -> HandleError:
         return HandleError(
             f"{expected}the connection broke ({reason}).", f"Try again. {BY_HAND}", may_pass=True
         )
+    if isinstance(reason, ValueError | http.client.HTTPException) and not isinstance(
+        reason, OSError
+    ):
+        return HandleError(
+            f"{expected}its address or the answer of its server is malformed ({reason}).",
+            f"Check the address; if it is right, tell whoever runs the server. {BY_HAND}",
+        )
     return HandleError(
         f"{expected}there is no connection to it ({reason}).",
         f"Check the address and the network (proxies: HTTPS_PROXY, HTTP_PROXY). {BY_HAND}",
@@ -167,6 +191,8 @@ def _failure(address: str, error: Exception) -> HandleError:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError) -> HandleError:
+    if 300 <= error.code < 400:
+        return _lost(address, error)
     if error.code in (401, 403):
         remedy = (
             "The model may want a login or an accepted licence: log in at https://www.kaggle.com, "
@@ -184,11 +210,27 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> HandleError:
     )
 
 
+def _lost(address: str, error: urllib.error.HTTPError) -> HandleError:
+    """A redirect that urllib does not follow."""
+    if "infinite loop" in error.reason:
+        where = "in a circle"
+    elif target := error.headers.get("Location"):
+        where = f"to {target!r}, where no archive is fetched from"
+    else:
+        where = "without saying where to"
+    return HandleError(
+        f"Expected an archive from {address}, but the server answered {error.code} and redirects "
+        f"{where}.",
+        "Give the http:// or https:// address of the archive itself; another attempt would end "
+        f"there too. {BY_HAND}",
+    )
+
+
 class _Progress:
     """One line in a terminal that says how far a download is; nothing elsewhere."""
 
     def __init__(self, handle: str, total: int | None) -> None:
-        name = handle.partition("://")[2].partition("?")[0]
+        name = shown(handle.partition("://")[2].partition("?")[0])
         self._name = name if len(name) <= 40 else f"…{name[-39:]}"
         self._total = total
         self._in_terminal = sys.stdout.isatty()

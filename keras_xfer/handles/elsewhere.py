@@ -42,7 +42,7 @@ def kaggle_name(handle: str) -> str:
         https://github.com/Kaggle/kagglehub
     """
     name = handle.partition("://")[2].rstrip("/")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){3}(/[1-9]\d*)?", name):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){3}(/[1-9]\d*)?", name) or _climbs(name):
         raise ValueError(
             f"Expected a handle of the form {KAGGLE_FORM}. Received: handle={handle!r}. The page "
             "of the model on https://www.kaggle.com/models shows these names in its address."
@@ -72,8 +72,14 @@ def kaggle_name_of_page(address: str) -> str | None:
     for form in _KAGGLE_PAGES:
         match = re.fullmatch(form, parts.path)
         if match:
-            return "/".join(part for part in match.groups() if part is not None)
+            name = "/".join(part for part in match.groups() if part is not None)
+            return None if _climbs(name) else name
     return None
+
+
+def _climbs(name: str) -> bool:
+    """Whether a part of it is no name, but leads out of the folder that kagglehub makes for it."""
+    return not {".", ".."}.isdisjoint(name.split("/"))
 
 
 def kagglehub_if_installed() -> Any:
@@ -109,7 +115,8 @@ def resolve_with_kagglehub(name: str) -> str:
     except Exception as error:  # requests' errors, kagglehub's own, and ValueError
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise HandleError(
-            f"Expected the model {name!r} from Kaggle, but kagglehub could not get it: {error}.",
+            f"Expected the model {name!r} from Kaggle, but kagglehub could not get it: "
+            f"{_one_line(error)}.",
             f"{_KAGGLE_REMEDIES.get(status or 0, 'Try again, or check the name and the network.')} "
             f"{BY_HAND}",
         ) from error
@@ -153,6 +160,10 @@ def resolve_with_tensorflow_hub(handle: str) -> str:
         return str(tensorflow_hub.resolve(handle))
     except Exception as error:  # OSError, ValueError, RuntimeError, and TensorFlow's own
         raise HandleError(
-            f"Expected a SavedModel, but tensorflow_hub could not resolve it: {error}.",
+            f"Expected a SavedModel, but tensorflow_hub could not resolve it: {_one_line(error)}.",
             f"Check the address and what it takes to read it (login, tensorflow-io). {BY_HAND}",
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

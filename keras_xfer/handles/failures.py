@@ -4,6 +4,7 @@ The files beside this one raise `HandleError`; `resolving.resolve` adds the hand
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,43 @@ BY_HAND = (
     "Without a network, fetch the archive elsewhere and give its path, or that of the unpacked "
     "folder, as the handle."
 )
+
+
+def shown(text: str) -> str:
+    r"""Write what a terminal would obey, such as the escapes that colour it, as its code.
+
+    Servers, archives and files of others choose words that end in messages.
+
+    Args:
+        text: String.
+
+    Returns:
+        String, all of it printable.
+
+    Example:
+    >>> shown("ch\u00e2teau \x1b[31m")
+    'château \\x1b[31m'
+    """
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def without_secret(handle: str) -> str:
+    """Leave the user name and the password out of an address, for a message.
+
+    Args:
+        handle: String.
+
+    Returns:
+        String.
+
+    Example:
+    >>> without_secret("https://me:secret@host/model")
+    'https://***@host/model'
+    """
+    # A password may hold a slash; what follows a port is a path.
+    return re.sub(r"://(?:[^/@:]*:(?!\d*/).*|[^/]*)@", "://***@", handle, flags=re.DOTALL)
 
 
 class HandleError(OSError):
@@ -52,7 +90,8 @@ class HandleError(OSError):
     def told(self, handle: str, cache: Path | None) -> OSError:
         """Make the error that the user sees."""
         where = "" if cache is None else f" Cache: {cache}."
-        text = f"{self.fact} Received: handle={handle!r}.{where} {self.remedy}"
+        received = f"Received: handle={without_secret(handle)!r}."
+        text = shown(f"{self.fact} {received}{where} {self.remedy}")
         return OSError(text) if self.number is None else OSError(self.number, text)
 
 

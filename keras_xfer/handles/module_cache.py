@@ -20,7 +20,7 @@ from typing import Any
 
 from keras_xfer import files
 from keras_xfer.handles.archives import Unpacked
-from keras_xfer.handles.failures import writing
+from keras_xfer.handles.failures import shown, writing
 from keras_xfer.handles.saved_models import holds_saved_model
 
 # A wait shorter than this is not worth a line.
@@ -161,7 +161,7 @@ class CachedModule:
                 lock.acquire(timeout=ANNOUNCED_AFTER_SECONDS, poll_interval=_POLL_SECONDS)
             except filelock.Timeout:
                 if sys.stdout.isatty():
-                    sys.stdout.write(f"Waiting for another process that fetches {handle}\n")
+                    sys.stdout.write(f"Waiting for another process that fetches {shown(handle)}\n")
                     sys.stdout.flush()
                 lock.acquire(timeout=-1, poll_interval=_POLL_SECONDS)
         try:

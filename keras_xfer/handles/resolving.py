@@ -5,7 +5,7 @@ import os
 import re
 
 from keras_xfer.handles import addresses, downloads, elsewhere, local
-from keras_xfer.handles.failures import HandleError
+from keras_xfer.handles.failures import HandleError, without_secret
 from keras_xfer.handles.module_cache import CachedModule, cache_folder
 
 _FORMS = (
@@ -95,7 +95,7 @@ def _resolve(handle: str, pin: str | None) -> str:
     if scheme in ("http", "https"):
         return _resolve_http(handle, pin)
     if scheme != "kaggle" and scheme not in elsewhere.FILE_SYSTEMS:
-        raise ValueError(f"Expected one of: {_FORMS}. Received: handle={handle!r}")
+        raise ValueError(f"Expected one of: {_FORMS}. Received: handle={without_secret(handle)!r}")
     _refuse_pin(handle, pin)
     if scheme == "kaggle":
         return elsewhere.resolve_with_kagglehub(elsewhere.kaggle_name(handle))
@@ -128,5 +128,5 @@ def _refuse_pin(handle: str, pin: str | None) -> None:
     if pin is not None:
         raise ValueError(
             "`sha256` pins an archive, and what this handle names is not fetched as one. "
-            f"Received: handle={handle!r}, sha256={pin!r}. Leave `sha256` out."
+            f"Received: handle={without_secret(handle)!r}, sha256={pin!r}. Leave `sha256` out."
         )

@@ -125,6 +125,62 @@ def test_a_refusal_is_final_and_says_what_to_do(server, cache, code, remedy):
     assert names_in(cache) == []
 
 
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("/m", "answered 302 and redirects in a circle"),
+        ("file:///etc/passwd", "redirects to 'file:///etc/passwd', where no archive"),
+        (None, "redirects without saying where to"),
+    ],
+)
+def test_a_redirect_to_nowhere(server, cache, location, words):
+    answer = status(302) if location is None else redirect(location)
+    with pytest.raises(OSError, match=words) as caught:
+        resolve(server.script("/m", answer))
+    assert "address of the archive itself" in str(caught.value)
+    assert "Try again" not in str(caught.value)
+
+
+def answer_of(*lines):
+    """The very bytes of an answer, with whatever in them."""
+    return lambda handler: handler.wfile.write("\r\n".join([*lines, "", ""]).encode())
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (redirect("http://[::1"), "malformed"),
+        (redirect("http://a..b/m"), "malformed"),
+        (answer_of("HTTP/1.1 200 OK", "Content-Length: " + "9" * 5000), "5000 digits"),
+        (answer_of("HTTP/1.1 200 OK", "Content-Length: " + "9" * 20), "20 digits"),
+        (answer_of("no HTTP"), "malformed"),
+    ],
+    ids=["redirect", "host", "5000-digits", "20-digits", "no-http"],
+)
+def test_an_answer_that_makes_no_sense(server, cache, answer, words):
+    handle = server.script("/m", answer)
+    with pytest.raises(OSError, match=f"{words}.*Received: handle={re.escape(repr(handle))}"):
+        resolve(handle)
+    assert names_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answer_of("HTTP/1.1 500 \x1b[31mred"),
+        answer_of("HTTP/1.1 200 OK", "Content-Type: \x1b[31mred", "Content-Length: 4", "", "page"),
+        redirect("file:///\x1b[31mred"),
+        ok(archive_of({"\x1b[31mred/a.txt": b"a"})),
+        ok(archive_of({"../\x1b[31mred": b"a"})),
+    ],
+    ids=["reason", "content-type", "location", "folder", "member"],
+)
+def test_words_of_others_do_not_command_the_terminal(server, cache, answer):
+    with pytest.raises(OSError, match=re.escape(r"\x1b[31mred")) as caught:
+        resolve(server.script("/m", answer))
+    assert str(caught.value).isprintable()
+
+
 def test_a_page_instead_of_an_archive(server, cache):
     page = b"<!doctype html><title>Sign in</title>" + b" " * 2000
     handle = server.script("/m", ok(page, content_type="text/html; charset=utf-8"))
@@ -175,6 +231,31 @@ def test_what_is_no_address(cache, handle):
     with pytest.raises(ValueError, match=f"Received: handle={re.escape(repr(handle))}"):
         resolve(handle)
     assert names_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [
+        "http://user:secret@host/m",
+        "http://secret@host/m",
+        "https://user:sec/ret@host/m",
+        "http://user:secret@host:port/m",
+        "http://user:secret@[::1/m",
+        "ftp://user:secret@host/m",
+    ],
+)
+def test_a_password_is_refused_and_not_shown(cache, handle):
+    with pytest.raises(ValueError, match=r"Received: handle='\w+://\*\*\*@") as caught:
+        resolve(handle)
+    assert "secret" not in str(caught.value)
+    assert "ret@" not in str(caught.value)
+    assert names_in(cache) == []
+
+
+def test_an_at_sign_in_a_path_is_no_password(server, cache):
+    handle = server.script("/@me/m@2", status(404))
+    with pytest.raises(OSError, match=f"Received: handle={re.escape(repr(handle))}"):
+        resolve(handle)
 
 
 def test_a_proxy_from_the_environment(server, cache, monkeypatch):

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from keras_xfer.handles import resolve
+from keras_xfer.handles.elsewhere import kaggle_name_of_page
 from tests.handles.conftest import MODEL, archive_of, names_in, ok, tree, write
 
 DATA = archive_of(MODEL)
@@ -60,12 +61,17 @@ def test_names_of_kaggle(kagglehub, cache, handle, name):
     "handle",
     ["kaggle://", "kaggle://google/nnlm", "kaggle://google/nnlm/tensorFlow2",
      "kaggle://google/nnlm/tensorFlow2/en/latest", "kaggle://google/nnlm/tensorFlow2/en/1/2",
-     "kaggle://google//tensorFlow2/en", "kaggle://google/nnlm/tensor flow/en"],
+     "kaggle://google//tensorFlow2/en", "kaggle://google/nnlm/tensor flow/en",
+     "kaggle://../../../..", "kaggle://google/./tensorFlow2/en", "kaggle://google/nnlm/tf/../1"],
 )  # fmt: skip
 def test_a_malformed_name_of_kaggle(kagglehub, handle):
     with pytest.raises(ValueError, match="of the form kaggle://owner/model/framework/variation"):
         resolve(handle)
     assert kagglehub.asked == []
+
+
+def test_a_page_whose_names_climb_is_no_model():
+    assert kaggle_name_of_page("https://www.kaggle.com/models/../../../..") is None
 
 
 def test_without_kagglehub_the_extra_is_named(no_kagglehub):

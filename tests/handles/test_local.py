@@ -54,6 +54,15 @@ def test_a_folder_in_a_folder(tmp_path):
         resolve(outer)
 
 
+def test_names_do_not_command_the_terminal(tmp_path, cache):
+    folder = write(tmp_path / "\x1b[31mred", {"\x1b[32mgreen": b""})
+    for handle in (folder, folder / "none", folder / "\x1b[32mgreen"):
+        with pytest.raises(OSError, match=r"Received: handle=") as caught:
+            resolve(handle)
+        assert str(caught.value).isprintable()
+        assert r"\x1b[3" in str(caught.value)
+
+
 def test_a_folder_without_a_saved_model_says_what_lies_there(tmp_path, cache):
     folder = write(tmp_path / "model", {"model.keras": b"", "variables/a": b""})
     with pytest.raises(OSError, match=r"are only: model.keras, variables/") as caught:

@@ -322,3 +322,20 @@ def test_a_failure_while_the_module_is_moved_in_keeps_the_former_one(server, cac
     assert resolve(handle) == folder
     assert len(server.requests) == 2
     assert len(names_in(cache)) == 3
+
+
+def test_the_wait_for_an_archive_shows_its_name_as_text(tmp_path, cache, terminal, monkeypatch):
+    archive = tmp_path / "\x1b[31mred.tar.gz"
+    archive.write_bytes(DATA)
+    cache.mkdir()
+    monkeypatch.setattr(module_cache, "ANNOUNCED_AFTER_SECONDS", 0.01)
+    written = terminal()
+    with filelock.FileLock(cache / f".{hashlib.sha256(DATA).hexdigest()}.filelock"):
+        thread = threading.Thread(target=resolve, args=(str(archive),))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not written.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    thread.join(10)
+    assert r"\x1b[31mred.tar.gz" in written.getvalue()
+    assert written.getvalue().removesuffix("\n").isprintable()
