@@ -8,6 +8,7 @@ import keras
 from keras_xfer import freezing, handles
 from keras_xfer.commands.hub_handles import said
 from keras_xfer.commands.recipe import Recipe, UsageError
+from keras_xfer.handles.failures import without_secret
 from keras_xfer.layers import Backbone, HubModule
 
 _IN_PYTHON = "or call it as it needs in Python: keras_xfer.Backbone.from_hub"
@@ -50,7 +51,8 @@ def build(recipe: Recipe) -> tuple[Backbone, int]:
         raise
     except Exception as error:  # the files of others, and TensorFlow, can raise anything
         text = said(error)
-        named = "" if repr(recipe.hub) in text else f"{recipe.hub!r} cannot be loaded: "
+        handle = without_secret(str(recipe.hub))
+        named = "" if repr(handle) in text else f"{handle!r} cannot be loaded: "
         raise UsageError(f"--hub: {named}{text}") from error
 
 
@@ -107,6 +109,11 @@ def _signature(recipe: Recipe) -> dict[str, Any]:
 def _probe(backbone: Backbone, recipe: Recipe) -> tuple[int, Any]:
     """The size of images that the module is to be given, and what it then gives."""
     says, asked = backbone.model.image_size, recipe.image_size
+    if _takes_channels_first(backbone):
+        raise UsageError(
+            f"--hub: {recipe.hub!r} wants the channels of an image first, and this command gives "
+            f"them last. Give a module that takes (batch, height, width, 3), {_IN_PYTHON}"
+        )
     if asked is None and says is not None and says[0] != says[1]:
         raise UsageError(
             f"--hub: {recipe.hub!r} takes images of {says[0]} x {says[1]} pixels (height x width), "
@@ -121,7 +128,7 @@ def _probe(backbone: Backbone, recipe: Recipe) -> tuple[int, Any]:
                 f"--image-size: {recipe.hub!r} takes images of {says[0]} x {says[1]} pixels. "
                 f"Received: {asked}. Leave it out"
             ) from error
-        reason = str(error).partition(" Received:")[0].rstrip(".")
+        reason = said(error).partition(" Received:")[0].rstrip(".")
         raise UsageError(
             f"--hub: {recipe.hub!r} does not take colour images as this command gives them: "
             f"{reason}. Give a module that does, such as a feature vector of images, {_IN_PYTHON}"
@@ -131,7 +138,34 @@ def _probe(backbone: Backbone, recipe: Recipe) -> tuple[int, Any]:
             f"--image-size: {recipe.hub!r} takes images of any size. Say which: --image-size N, "
             "that which it was trained on, such as 224"
         )
+    if not _takes(backbone, (2, size, size, 3)):
+        raise _of_one_batch(recipe)
     return size, output
+
+
+def _takes_channels_first(backbone: Backbone) -> bool:
+    """Whether the module takes images with the channels first, and none with the channels last."""
+    sides = (None, 224)  # a side of any length fits one that is said, 224 one that is not
+    return any(
+        _takes(backbone, (None, 3, side, side)) and not _takes(backbone, (None, side, side, 3))
+        for side in sides
+    )
+
+
+def _takes(backbone: Backbone, shape: tuple[int | None, ...]) -> bool:
+    try:
+        backbone.model.compute_output_spec(keras.KerasTensor(shape))
+    except Exception:  # of whatever the SavedModel does with it
+        return False
+    return True
+
+
+def _of_one_batch(recipe: Recipe) -> UsageError:
+    return UsageError(
+        f"--hub: {recipe.hub!r} takes batches of one size alone, and this command gives as many "
+        "images as there are. Give a module that was saved for any batch: "
+        "tf.TensorSpec([None, height, width, 3])"
+    )
 
 
 def _reading(output: Any, recipe: Recipe) -> dict[str, Any]:
@@ -154,6 +188,8 @@ def _reading(output: Any, recipe: Recipe) -> dict[str, Any]:
             f"or (batch, height, width, channels). Received: {given} from {recipe.hub!r}. Give a "
             f"feature vector of images, {_IN_PYTHON}"
         )
+    if shape[0] is not None:  # whatever it says of its input
+        raise _of_one_batch(recipe)
     return {**call, "pooling": "avg"} if len(shape) == 4 else call
 
 

@@ -9,10 +9,19 @@ from typing import Any, NamedTuple
 
 from keras_xfer import handles
 from keras_xfer.commands.recipe import UsageError
+from keras_xfer.handles.failures import shown
 from keras_xfer.handles.local import path_of
 
-# What Keras runs of a file with `safe_mode=False`, beside HubModule, and `train` never writes.
-_RUN_CODE = {"Lambda", "__lambda__", "TFSMLayer", "TorchModuleWrapper"}
+# All that `train --hub` writes. With `safe_mode=False` Keras runs whatever code a file holds, and
+# what a file calls Dense need be none: https://github.com/keras-team/keras/blob/v3.15.1/keras/src/saving/serialization_lib.py
+_OF_KERAS = {
+    *("Functional", "InputLayer", "Dropout", "Dense", "Softmax"),
+    *("DTypePolicy", "GlorotUniform", "Zeros"),
+}
+_OF_KERAS_XFER = {"Backbone", "BackbonePreprocessing", "HubModule"}
+_REGISTERED = "keras_xfer>"
+
+_MOST_CHARACTERS = 60
 
 
 class Held(NamedTuple):
@@ -87,32 +96,29 @@ def trusted(path: Path, *, trust: bool, hub: str | None) -> list[Held]:
         List of `Held`; empty where there are none, or the file is damaged.
 
     Raises:
-        UsageError: It holds some and `trust` is False, it would run other code too, or there is
-            none that `hub` could take the place of.
+        UsageError: It holds some and `trust` is False, it holds what `train --hub` never writes, or
+            there is none that `hub` could take the place of.
     """
     nodes = list(_objects(_config(path)))
-    held = sorted(
-        {
-            Held(str(node["config"].get("handle")), node["config"].get("sha256"))
-            for node in nodes
-            if node["class_name"] == "HubModule"
-        },
-        key=str,
-    )
-    if not held:
+    modules = [node for node in nodes if "HubModule" in _names(node)]
+    if not modules:  # Keras loads it in its safe mode, in which none is made under any name
         if hub is not None:
             raise UsageError(f"--hub: {str(path)!r} holds no SavedModel. Leave it out")
         return []
+    if strange := sorted({_described(node) for node in nodes if not _is_of_train(node)}):
+        raise UsageError(
+            f"{str(path)!r} would run code of its own too, or may: it holds "
+            f"{', '.join(strange[:3])}, which keras-xfer train --hub never writes. Do not trust it; "
+            "train again, or load what you have made yourself in Python"
+        )
+    held = sorted(
+        {Held(node["config"]["handle"], node["config"].get("sha256")) for node in modules}, key=str
+    )
     if not trust:
         named = " and ".join(repr(each.handle) for each in held)
         raise UsageError(
             f"{str(path)!r} runs the code of the SavedModel {named}. Add --trust if you trust "
             "where it comes from"
-        )
-    if others := sorted({node["class_name"] for node in nodes} & _RUN_CODE):
-        raise UsageError(
-            f"{str(path)!r} would run code of its own too ({', '.join(others)}), which keras-xfer "
-            "train never writes. Do not trust it; train again"
         )
     return held
 
@@ -161,8 +167,8 @@ def said(error: Exception) -> str:
     >>> said(OSError("Leave `sha256` out."))
     'Leave --hub-sha256 out.'
     """
-    text = str(getattr(error, "strerror", None) or error)
-    return text.replace("`sha256`", "--hub-sha256")
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return shown(text).replace("`sha256`", "--hub-sha256")
 
 
 def _scheme(handle: str) -> str:
@@ -185,8 +191,41 @@ def _objects(config: Any) -> Iterator[dict[str, Any]]:
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):
-            if isinstance(node.get("class_name"), str) and isinstance(node.get("config"), dict):
+            if "class_name" in node:  # with it Keras makes an object, with or without the rest
                 yield node
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
+
+
+def _names(node: dict[str, Any]) -> set[str]:
+    """All names by which Keras may look for the class of an object."""
+    names = (node["class_name"], node.get("registered_name"))
+    return {name.removeprefix(_REGISTERED) for name in names if isinstance(name, str)}
+
+
+def _is_of_train(node: dict[str, Any]) -> bool:
+    """Whether it is of a class that `train --hub` writes, under all of its names."""
+    name, config = node["class_name"], node.get("config")
+    module, registered = node.get("module"), node.get("registered_name")
+    if not (isinstance(name, str) and isinstance(config, dict)):
+        return False
+    if name == "__keras_tensor__":
+        return module is None and registered is None
+    package = module.partition(".")[0] if isinstance(module, str) else None
+    if name in _OF_KERAS_XFER:
+        if name == "HubModule" and not _is_handle(config):
+            return False
+        return package == "keras_xfer" and registered == _REGISTERED + name
+    return name in _OF_KERAS and package == "keras" and registered in (None, name)
+
+
+def _is_handle(config: dict[str, Any]) -> bool:
+    return isinstance(config.get("handle"), str) and isinstance(config.get("sha256"), str | None)
+
+
+def _described(node: dict[str, Any]) -> str:
+    """What it says it is, for a message."""
+    said_of_it = {key: node.get(key) for key in ("class_name", "registered_name", "module")}
+    told = {key: value for key, value in said_of_it.items() if value is not None}
+    return " ".join(f"{key}={repr(value)[:_MOST_CHARACTERS]}" for key, value in told.items())

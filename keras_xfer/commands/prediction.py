@@ -15,6 +15,7 @@ from keras_xfer.commands.recipe import UsageError
 from keras_xfer.commands.runs import read_labels
 from keras_xfer.commands.screen import Screen
 from keras_xfer.commands.training import one_line
+from keras_xfer.handles.failures import shown
 from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
 from keras_xfer.layers import BackbonePreprocessing, HubModule
 
@@ -116,7 +117,7 @@ def load_model(
         with HubModule.relocated(places):
             model = keras.saving.load_model(path, compile=False, safe_mode=not held)
     except Exception as error:  # a damaged file can raise anything: zip, JSON, HDF5, Keras
-        reason = one_line(error)[:200]
+        reason = shown(one_line(error))[:200]
         raise UsageError(
             f"{str(path)!r} cannot be loaded: {reason}. Restore it, or train again"
         ) from error

@@ -31,7 +31,9 @@ def kernels():
     return [2 * values / values.sum((0, 1, 2)) for values in drawn]
 
 
-def network(folder, *, height=16, width=16, gives="vector", as_signature=False, trainable=True):
+def network(
+    folder, *, height=16, width=16, gives="vector", as_signature=False, trainable=True, batch=None
+):
     """Three convolutions and their mean: images (B, height, width, 3) in, (B, 6) out."""
     import tensorflow as tf
 
@@ -40,7 +42,7 @@ def network(folder, *, height=16, width=16, gives="vector", as_signature=False, 
         for i, values in enumerate(kernels(), 1)
     ]
 
-    @tf.function(input_signature=[tf.TensorSpec([None, height, width, 3], name="images")])
+    @tf.function(input_signature=[tf.TensorSpec([batch, height, width, 3], name="images")])
     def run(images):
         x = features(images, variables)
         mean = tf.reduce_mean(x, (1, 2))
@@ -329,6 +331,18 @@ def text(folder):
     return folder
 
 
+def channels_first(folder, *, size=16):
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.__call__ = tf.function(
+        lambda images: tf.reduce_mean(images, (2, 3)),
+        input_signature=[tf.TensorSpec([None, 3, size, size])],
+    )
+    tf.saved_model.save(module, str(folder))
+    return folder
+
+
 def tf1(folder):
     folder.mkdir()
     (folder / "saved_model.pb").touch()
@@ -357,6 +371,13 @@ def damaged(folder):
         (lambda folder: network(folder, gives="whole numbers"), ["int32", "feature vector"]),
         (lambda folder: network(folder, height=None, width=None), ["any size", "--image-size N"]),
         (lambda folder: network(folder, width=24), ["16 x 24", "square", "from_hub"]),
+        (lambda folder: network(folder, batch=1), ["batches of one size", "TensorSpec([None"]),
+        (lambda folder: network(folder, batch=2), ["batches of one size", "TensorSpec([None"]),
+        (channels_first, ["wants the channels", "first", "from_hub"]),
+        (
+            lambda folder: channels_first(folder, size=None),
+            ["wants the channels", "first", "from_hub"],
+        ),
         (
             lambda folder: network(folder, as_signature=True, gives="several"),
             ["'another', 'one'", "output_key"],
@@ -364,7 +385,8 @@ def damaged(folder):
     ],
     ids=[
         *("nothing", "unreachable", "kaggle", "another-machine", "scheme", "tf1", "damaged", "text"),
-        *("several", "whole-numbers", "any-size", "oblong", "signature-of-several"),
+        *("several", "whole-numbers", "any-size", "oblong", "batch-of-1", "batch-of-2"),
+        *("channels-first", "channels-first-of-any-size", "signature-of-several"),
     ],
 )  # fmt: skip
 def test_wrong_handles(make, words, root, tmp_path, capfd, monkeypatch):
@@ -420,9 +442,17 @@ def test_predict_of_a_module_that_has_moved(trained, root, net, tmp_path, capfd,
     assert rows == expected
 
 
-def test_trust_is_of_the_named_module_alone(trained, root, tmp_path, capfd):
-    """A model file that says of one layer that it is a Lambda, whose code Keras would run too."""
-    run = tmp_path / "run"
+def nodes(config):
+    """All dicts of a configuration, however deep."""
+    if isinstance(config, dict):
+        yield config
+    for each in config.values() if isinstance(config, dict) else config:
+        if isinstance(each, dict | list):
+            yield from nodes(each)
+
+
+def edited(trained, run, edit):
+    """A run whose model.keras says something else."""
     run.mkdir()
     for name in ("labels.json", "predictions.csv"):
         shutil.copy(trained / name, run)
@@ -433,10 +463,63 @@ def test_trust_is_of_the_named_module_alone(trained, root, tmp_path, capfd):
         for name in old.namelist():
             content = old.read(name)
             if name == "config.json":
-                content = content.replace(b'"class_name": "Dropout"', b'"class_name": "Lambda"')
+                config = json.loads(content)
+                edit({each["class_name"]: each for each in nodes(config) if "class_name" in each})
+                content = json.dumps(config)
             new.writestr(name, content)
+    return run
+
+
+HIDDEN = {"handle": "/other", "name": "hidden"}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda of: of["Dropout"].update(class_name="Lambda"),
+        lambda of: of["Dropout"].update(registered_name="keras_xfer>HubModule", config=HIDDEN),
+        lambda of: of["Dropout"].update(registered_name="keras_xfer>Backbone"),
+        lambda of: of["Dropout"].update(class_name="keras_xfer>HubModule", config=HIDDEN),
+        lambda of: of["HubModule"].update(class_name="Dense"),
+        lambda of: of["HubModule"]["config"].update(handle=["/other"]),
+        lambda of: of["Dropout"].update(module="os"),
+        lambda of: of["Dropout"].pop("module"),
+        lambda of: of["Dropout"].update(class_name=["Dense"]),
+        lambda of: of["Dropout"].update(class_name="TFSMLayer", config="/other"),
+        lambda of: of["Dense"]["config"].update(
+            activation={"class_name": "function", "config": "keras_xfer>HubModule"}
+        ),
+        lambda of: of["Dense"]["config"].update(activation={"class_name": "__lambda__"}),
+        lambda of: of["__keras_tensor__"].update(registered_name="keras_xfer>HubModule"),
+        lambda of: of["Dense"]["config"].update(name={"class_name": "\x1b[31m", "config": {}}),
+    ],
+)
+def test_trust_is_of_the_named_module_alone(edit, trained, root, tmp_path, capfd):
+    """A model file with what Keras might make something else of than it seems to be."""
+    run = edited(trained, tmp_path / "run", edit)
+    for trust in (["--trust"], []):
+        status, _ = predictions(root, run, tmp_path, *trust)
+        failed(capfd, status, "class_name=", "Do not trust it")
+
+
+def test_all_modules_are_named(trained, root, net, tmp_path, capfd):
+    def edit(of):
+        of["Dropout"].update({**of["HubModule"], "config": HIDDEN})
+
+    run = edited(trained, tmp_path / "run", edit)
+    status, _ = predictions(root, run, tmp_path)
+    failed(capfd, status, "'/other'", repr(str(net)), "--trust")
+
+
+def test_a_module_that_no_name_betrays_is_not_made(trained, root, tmp_path, capfd):
+    """Without a HubModule in sight, Keras loads in its safe mode."""
+    run = edited(
+        trained,
+        tmp_path / "run",
+        lambda of: of["HubModule"].update(class_name="Sequential", registered_name=None),
+    )
     status, _ = predictions(root, run, tmp_path, "--trust")
-    failed(capfd, status, "Lambda", "Do not trust it")
+    failed(capfd, status, "cannot be loaded")
 
 
 def test_hub_is_for_models_that_hold_one(tmp_path, capfd):
