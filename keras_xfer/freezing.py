@@ -309,7 +309,7 @@ def select(
     position = _position(model, all_units, start, blocks)
     if not any(_can_train(unit, batch_norm) for unit in all_units[position:]):
         below = [unit.name for unit in all_units[:position] if _can_train(unit, batch_norm)]
-        why_not = getattr(model, "why_not_trainable", None) or "the model has no weights"
+        why_not = getattr(model, "why_not_trainable", None) or "the model has nothing to train"
         nearest = f"start at {below[-1]!r} or before it" if below else why_not
         raise ValueError(
             "Expected a start from which at least one layer has weights to train"
@@ -468,7 +468,8 @@ def batch_norm_state(layers: Iterable[keras.Layer], policy: BatchNormPolicy) -> 
     for layer in {id(inner): inner for unit in layers for inner in walk(unit)}.values():
         if is_batch_norm(layer):
             affine = any(weight.trainable for weight in _own_trainable(layer))
-            moves = layer.trainable and policy == "train"
+            group = isinstance(layer, VariableGroup)
+            moves = policy == "train" and (layer.statistics_move() if group else layer.trainable)
             states.add("train" if moves else "affine" if affine else "frozen")
     return ", ".join(sorted(states)) or "-"
 

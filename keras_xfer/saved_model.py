@@ -185,6 +185,20 @@ class Endpoint:
                 return {key: keras.KerasTensor(shapes[key], nest[key].dtype.name) for key in nest}
         return keras.tree.map_shape_structure(keras.KerasTensor, shapes)
 
+    def spec_of(self, tensor: Any) -> Any:
+        """The tf.TypeSpec of a tensor, symbolic or not."""
+        import tensorflow as tf
+
+        if not isinstance(tensor, keras.KerasTensor):
+            return tf.type_spec_from_value(tensor)
+        if tensor.ragged:
+            return tf.RaggedTensorSpec(tensor.shape, tensor.dtype)
+        leaves = [leaf for nest in self.accepted for leaf in tf.nest.flatten(nest)]
+        # Keras marks `2 * tensor` sparse, which it is not. Tried on Keras 3.15.1.
+        sparse = tensor.sparse and any(isinstance(leaf, tf.SparseTensorSpec) for leaf in leaves)
+        kind = tf.SparseTensorSpec if sparse else tf.TensorSpec
+        return kind(tensor.shape, tensor.dtype)
+
     def check_symbolic(self, inputs: Any) -> None:
         """Refuse, in the way that a Sequential without an Input understands, numbers for strings.
 
@@ -205,7 +219,9 @@ class Endpoint:
         """Height and width of the images that the module takes, where it says them."""
         for nest in self.accepted:
             shape = getattr(nest, "shape", None)
-            if shape is not None and shape.rank == 4 and None not in shape[1:3]:
+            if shape is None or shape.rank != 4 or None in shape[1:3]:
+                continue
+            if shape[3] in (None, 1, 3, 4):  # else the channels are elsewhere
                 return int(shape[1]), int(shape[2])
         return None
 
@@ -294,13 +310,14 @@ def variables(loaded: Any, endpoint: Endpoint, described: str) -> list[tuple[str
             {id(variable): variable for variable in each.variables if id(variable) not in read}
         )
     declared = getattr(loaded, "variables", None)
-    every = list(read.values()) if declared is None else _unique(declared)
+    # Of a TextVectorization tf_keras declares what is no variable.
+    every = list(read.values()) if declared is None else _unique(_of_tensorflow(declared))
     known = {id(variable) for variable in every}
     # What no function reads goes first: it thaws with the whole alone.
     position = {key: i for i, key in enumerate(read)}
     every += [variable for variable in read.values() if id(variable) not in known]
     every.sort(key=lambda variable: position.get(id(variable), -1))
-    trained = getattr(loaded, "trainable_variables", None)
+    trained = _of_tensorflow(getattr(loaded, "trainable_variables", None))
     training = {
         id(v) for v in (every if trained is None else trained) if trained is not None or v.trainable
     }
@@ -340,6 +357,12 @@ def losses(loaded: Any, described: str) -> list[tuple[Callable[[], Any], list[An
             read = list(tape.watched_variables())
         found.append((loss, read))
     return found
+
+
+def _of_tensorflow(items: Any) -> list[Any] | None:
+    import tensorflow as tf
+
+    return None if items is None else [item for item in items if isinstance(item, tf.Variable)]
 
 
 def _unique(items: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -30,6 +30,7 @@ class VariableGroup(keras.layers.Layer):
         aliases: the names by which it can be selected besides its own: the scope, and the full
             name of each variable.
         is_batch_norm: whether these are the variables of a BatchNormalization.
+        statistics_move: function that tells whether training moves what is not trained.
 
     Example:
 
@@ -40,11 +41,40 @@ class VariableGroup(keras.layers.Layer):
 
     def __init__(self, scope: str, variables: dict[str, keras.Variable], *, name: str) -> None:
         super().__init__(name=name)
-        self.aliases = tuple(dict.fromkeys([scope, *(_join(scope, each) for each in variables)]))
+        self._variable_names = tuple(_join(scope, each) for each in variables)
+        self.aliases = tuple(dict.fromkeys([scope, *self._variable_names]))
         self.is_batch_norm = set(variables) >= _STATISTICS
+        self.statistics_move: Callable[[], bool] = lambda: False
         for i, variable in enumerate(variables.values()):
             setattr(self, f"variable_{i}", variable)  # Keras tracks it from here
         self.built = True
+
+    # By name, since position would take one variable for another where the SavedModel behind a
+    # handle has been replaced by one that reads them in another order.
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the values, each under its variable's full name."""
+        for name, variable in self._named().items():
+            store[name] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the values; refuse those of other variables."""
+        named = self._named()
+        if set(named) != set(store.keys()):
+            raise ValueError(
+                f"Expected the values of {sorted(named)}. Received: those of "
+                f"{sorted(store.keys())}. The SavedModel is another than that which the file was "
+                "saved with."
+            )
+        for name, variable in named.items():
+            variable.assign(store[name])
+
+    def _named(self) -> dict[str, keras.Variable]:
+        """By names without slashes, which would be folders in the file."""
+        return {
+            name.replace("/", "|"): getattr(self, f"variable_{i}")
+            for i, name in enumerate(self._variable_names)
+        }
 
 
 def grouped(variables: Iterable[tuple[str, Any, bool]], layer_name: str) -> list[VariableGroup]:

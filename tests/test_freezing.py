@@ -348,7 +348,7 @@ def test_a_start_with_nothing_to_train_is_refused():
     for policy in ("affine", "train"):
         assert freezing.select(model, "bn", batch_norm=policy) == 2
     weightless = keras.Sequential([keras.Input((4,)), layers.ReLU()])
-    with pytest.raises(ValueError, match="the model has no weights"):
+    with pytest.raises(ValueError, match="the model has nothing to train"):
         freezing.select(weightless, "all")
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self
 
@@ -17,6 +16,7 @@ import keras
 from keras.src.saving.serialization_lib import in_safe_mode
 
 from keras_xfer import freezing, handles, saved_model
+from keras_xfer.handles.local import path_of
 from keras_xfer.live_config import LiveConfig
 from keras_xfer.variable_group import grouped
 
@@ -141,6 +141,8 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         self.groups = grouped(
             saved_model.variables(self.resolved_object, self._endpoint, self._described), self.name
         )
+        for group in self.groups:
+            group.statistics_move = self._statistics_move
         self._attach_losses()
         self._warned = False
         self.built = True  # its variables came with it
@@ -246,8 +248,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         """The outputs of the SavedModel for `inputs`."""
         self._check_trainable()
         self._check_strategy()
-        trains = any(weight.trainable for weight in self.weights)
-        return self._run(inputs, bool(training) and trains and self.batch_norm == "train")
+        return self._run(inputs, bool(training) and self._statistics_move())
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002  # Keras's signature
         """Shapes and dtypes of the outputs, without running the SavedModel."""
@@ -257,7 +258,7 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         self._endpoint.check_symbolic(inputs)
         traced = tf.function(lambda x: self._run(x, training=False), autograph=False)
         outputs = traced.get_concrete_function(
-            tf.nest.map_structure(_as_tensor_spec, inputs)
+            tf.nest.map_structure(self._endpoint.spec_of, inputs)
         ).structured_outputs
         return tf.nest.map_structure(self._as_keras_tensor, outputs)
 
@@ -265,6 +266,10 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         """Shapes of the outputs."""
         inputs = self._endpoint.keras_tensors(input_shape)
         return keras.tree.map_structure(lambda each: each.shape, self.compute_output_spec(inputs))
+
+    def _statistics_move(self) -> bool:
+        """Whether training moves statistics: all of them, for the SavedModel is called whole."""
+        return self.batch_norm == "train" and any(weight.trainable for weight in self.weights)
 
     def _run(self, inputs: Any, training: bool) -> Any:
         import tensorflow as tf
@@ -295,16 +300,20 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
     def _cast(self, output: Any) -> Any:
         import tensorflow as tf
 
-        return tf.cast(output, self.compute_dtype) if output.dtype.is_floating else output
+        if output is None or not output.dtype.is_floating:
+            return output
+        return tf.cast(output, self.compute_dtype)
 
     def _as_keras_tensor(self, spec: Any) -> Any:
+        if spec is None:
+            return None
         if spec.shape.rank is None:
             raise ValueError(
                 "Expected a SavedModel that says the rank of its output; this one does not. "
                 f"Received: {self._described}. Give output_shape=, without the batch, such as "
                 "output_shape=(1280,)."
             )
-        return keras.KerasTensor(tuple(spec.shape), spec.dtype.name, ragged=_is_ragged(spec))
+        return keras.KerasTensor(tuple(spec.shape), spec.dtype.name, **_kind(spec))
 
     def _attach_losses(self) -> None:
         """Let each regularisation loss count, once, while a variable that it reads is trained."""
@@ -316,7 +325,9 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
             for key in (known or trained)[:1]:
                 losses.setdefault(key, []).append(loss)
         for key, those in losses.items():
-            weights[key].regularizer = lambda _, those=those: sum(loss() for loss in those)
+            weights[key].regularizer = lambda _, those=those: sum(
+                keras.ops.cast(loss(), keras.config.floatx()) for loss in those
+            )
 
     def _check_trainable(self) -> None:
         """Refuse what would go wrong, and warn of what would do nothing, while `trainable`."""
@@ -330,8 +341,8 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         if not self.trainable_weights and not self._warned:
             self._warned = True
             warnings.warn(
-                f"HubModule {self.name!r} is trainable but has nothing to train: "
-                f"{self._described} has no trainable variables.",
+                f"HubModule {self.name!r} is trainable but trains nothing: {self._described} has "
+                "no trainable variables, or another layer over the same object has frozen them.",
                 stacklevel=3,
             )
 
@@ -367,7 +378,9 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
                 "(tf.saved_model.save(obj, folder)) and make the layer from the folder, or save "
                 "the model's weights alone."
             )
-        settings = {key: value for key, value in vars(self._settings).items() if value}
+        settings = {
+            key: value for key, value in vars(self._settings).items() if value not in (None, {})
+        }
         try:
             json.dumps(settings)
         except TypeError as error:
@@ -397,16 +410,15 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
                 "Refused to load a HubModule: its SavedModel is code, which runs with all your "
                 f"rights. Received: handle={config.get('handle')!r}. If you trust where it comes "
                 "from, pass safe_mode=False to the loading function (keras.saving.load_model("
-                "path, safe_mode=False)), or call keras.config.enable_unsafe_deserialization()."
+                "path, safe_mode=False)), or call keras.config.enable_unsafe_deserialization() (so "
+                "too for keras.models.clone_model, where the layer is within another model)."
             )
         config = dict(config)
         thawed = config.pop("thawed", None)
         old = config["handle"]
         config["handle"] = (_elsewhere.get() or {}).get(old, old)
-        if config["handle"] != old and Path(config["handle"]).expanduser().is_dir():
-            config.pop(
-                "sha256", None
-            )  # which pins an archive: whoever says where the folder is, knows it
+        if config["handle"] != old and path_of(config["handle"]).is_dir():
+            config.pop("sha256", None)  # it pins an archive; who names a folder has looked at it
         try:
             layer = cls(**config)
         except OSError as error:
@@ -475,26 +487,23 @@ def _dtype_of_layer(dtype: Any) -> Any:
 
 def _as_shapes(output_shape: Any) -> Any:
     """`output_shape` with lists and tf.TensorShapes as tuples, so that JSON gives it back."""
-    if output_shape is None or isinstance(output_shape, Mapping):
-        return output_shape and {key: _as_shapes(each) for key, each in output_shape.items()}
+    if output_shape is None:
+        return None
+    if isinstance(output_shape, Mapping):
+        return {key: _as_shapes(each) for key, each in output_shape.items()}
     if all(size is None or isinstance(size, int) for size in output_shape):
         return tuple(output_shape)
     return [_as_shapes(each) for each in output_shape]
 
 
-def _as_tensor_spec(tensor: Any) -> Any:
+def _kind(output: Any) -> dict[str, bool]:
+    """What a symbolic output of TensorFlow is besides dense."""
     import tensorflow as tf
 
-    if not isinstance(tensor, keras.KerasTensor):
-        return tf.type_spec_from_value(tensor)
-    kind = tf.RaggedTensorSpec if tensor.ragged else tf.TensorSpec
-    return kind(tensor.shape, tensor.dtype)
-
-
-def _is_ragged(spec: Any) -> bool:
-    import tensorflow as tf
-
-    return isinstance(spec, tf.RaggedTensorSpec)
+    return {
+        "ragged": isinstance(output, (tf.RaggedTensor, tf.RaggedTensorSpec)),
+        "sparse": isinstance(output, (tf.SparseTensor, tf.SparseTensorSpec)),
+    }
 
 
 def _with_shapes(outputs: Any, shapes: Any, batch: Any) -> Any:

@@ -105,10 +105,10 @@ def install(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
     if getattr(model, "train_function", None) is not None:
         with own_train_step(model):
             model.make_train_function(force=True)
-    if keras.backend.backend() == "jax":
-        # Compiled for one split into trainable and other variables; they are made again when used.
-        model.test_function = None
-        model.predict_function = None
+    # Made for what trained before, and made again when they are used: on JAX for one split into
+    # trainable and other variables, on TensorFlow with the losses of the regularisers that counted.
+    model.test_function = None
+    model.predict_function = None
 
 
 @contextlib.contextmanager

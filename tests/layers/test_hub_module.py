@@ -412,3 +412,62 @@ def test_a_model_with_it_is_not_compiled_by_xla(saved):
     model = keras.Sequential([keras.Input((), dtype="string"), HubModule(saved("text"))])
     model.compile("sgd", "mse")
     assert model.jit_compile is False
+
+
+# --- what tf_keras and TensorFlow make besides dense tensors -----------------------------------
+
+
+def test_a_vocabulary_that_was_adapted_is_no_variable(tmp_path):
+    import tf_keras
+
+    vocabulary = tf_keras.layers.TextVectorization(output_sequence_length=4)
+    vocabulary.adapt(["a fine film"])
+    text = tf_keras.Input((1,), dtype="string")
+    mean = tf_keras.layers.GlobalAveragePooling1D()
+    outputs = mean(tf_keras.layers.Embedding(10, 4)(vocabulary(text)))
+    tf_keras.Model(text, outputs).save(tmp_path / "text", save_format="tf")
+    x = tf.constant([["a film"], ["fine"]])
+    layer = HubModule(tmp_path / "text")
+    assert_same(layer(x), tf.saved_model.load(str(tmp_path / "text"))(x))
+    assert layer.count_params() == 40
+
+
+def test_ragged_outputs_go_into_ragged_inputs():
+    spec = tf.RaggedTensorSpec([None, None], tf.float32)
+    cut = tf.function(
+        lambda x: tf.RaggedTensor.from_tensor(x, padding=0.0),
+        input_signature=[tf.TensorSpec([None, 3])],
+    )
+    total = tf.function(lambda x: tf.reduce_sum(x, axis=1), input_signature=[spec])
+    inputs = keras.Input((3,))
+    between = HubModule(cut)(inputs)
+    assert between.ragged
+    model = keras.Model(inputs, HubModule(total)(between))
+    assert_same(
+        model(np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]], "float32")), np.array([3.0, 3.0])
+    )
+
+
+def test_sparse_inputs_stay_sparse():
+    spec = tf.SparseTensorSpec([None, 3], tf.float32)
+    total = tf.function(lambda x: tf.sparse.reduce_sum(x, axis=1), input_signature=[spec])
+    inputs = keras.Input((3,), sparse=True)
+    model = keras.Model(inputs, HubModule(total, output_shape=())(inputs))
+    assert_same(model(tf.sparse.from_dense([[1.0, 0.0, 2.0]])), np.array([3.0]))
+
+
+def test_nothing_among_the_outputs_stays_nothing():
+    def split(x):
+        return {"one": x, "none": None}
+
+    module = HubModule(tf.function(split, input_signature=[tf.TensorSpec([None, 3])]))
+    assert module(numbers(2, 3))["none"] is None
+    assert module.compute_output_spec(keras.KerasTensor((None, 3)))["none"] is None
+
+
+def test_channels_first_says_no_image_size():
+    def mean(x):
+        return tf.reduce_mean(x, axis=(2, 3))
+
+    shape = tf.TensorSpec([None, 3, 16, 16])
+    assert HubModule(tf.function(mean, input_signature=[shape])).image_size is None

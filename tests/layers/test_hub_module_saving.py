@@ -305,3 +305,45 @@ def test_an_archive_is_pinned(saved, tmp_path, monkeypatch):
 def test_weights_have_the_names_of_the_savedmodel(saved):
     layer = HubModule(saved("tower"), name="module")
     assert {each.path for each in layer.weights} == {f"module/{name}" for name in weights(layer)}
+
+
+# --- another SavedModel behind the handle -----------------------------------------------------
+
+
+def two_factors(folder, first):
+    """x * a * b, of which the one or the other is read first."""
+
+    class Factors(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = tf.Variable([1.0], name="a"), tf.Variable([2.0], name="b")
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 1])])
+        def __call__(self, x):
+            return x * self.a * self.b if first == "a" else x * self.b * self.a
+
+    tf.saved_model.save(Factors(), str(folder))
+    return str(folder)
+
+
+def test_values_are_never_given_to_another_variable(tmp_path):
+    old, new = two_factors(tmp_path / "old", "a"), two_factors(tmp_path / "new", "b")
+    model = keras.Sequential([keras.Input((1,)), HubModule(old)])
+    model.save(tmp_path / "model.keras")
+    with (
+        HubModule.relocated({old: new}),
+        pytest.raises(ValueError, match=r"values of \['b'\][\s\S]*another"),
+    ):
+        keras.saving.load_model(tmp_path / "model.keras", safe_mode=False)
+
+
+def test_a_scalar_output_shape_is_saved(saved, tmp_path):
+    layer = HubModule(saved("counting"), output_shape=())
+    assert HubModule.from_config(layer.get_config()).get_config()["output_shape"] == ()
+
+
+def test_the_refusal_of_a_clone_says_how(saved):
+    inner = keras.Sequential([keras.Input((4,)), HubModule(saved("reusable"))])
+    model = keras.Sequential([keras.Input((4,)), inner])
+    with pytest.raises(ValueError, match=r"enable_unsafe_deserialization\(\)[\s\S]*clone_model"):
+        keras.models.clone_model(model)

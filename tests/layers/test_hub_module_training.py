@@ -12,7 +12,7 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf  # not where the backend is another
 
-from keras_xfer import HubModule
+from keras_xfer import Backbone, HubModule
 from tests.layers.hub import assert_same, inputs_of, kerashub, moved, numbers, weights
 from tests.test_devices import TWO_CPUS, run
 
@@ -266,13 +266,13 @@ def test_the_format_of_tensorflow_1_is_not_trained(saved):
 
 
 def test_it_warns_once_where_nothing_trains(saved):
-    with pytest.warns(UserWarning, match="'counter' is trainable but has nothing to train"):
+    with pytest.warns(UserWarning, match="'counter' is trainable but trains nothing"):
         layer = HubModule(saved("counting"), trainable=True, name="counter")
     layer(inputs_of("counting"))  # in silence: warnings are errors
 
     layer = HubModule(saved("counting"))
     layer.trainable = True
-    with pytest.warns(UserWarning, match="nothing to train"):
+    with pytest.warns(UserWarning, match="trains nothing"):
         layer(inputs_of("counting"))
     layer(inputs_of("counting"))  # in silence: warnings are errors
 
@@ -472,3 +472,26 @@ def test_two_replicas(saved):
     told = run(code, TWO_CPUS)
     assert "HubModule 'outside' to be made within the scope of the MirroredStrategy" in told
     assert "strategy.scope()" in told
+
+
+def test_losses_follow_the_precision_of_keras(saved):
+    """A module of float32 under floatx float64: Keras cannot add the two by itself."""
+    keras.config.set_floatx("float64")
+    try:
+        layer = HubModule(saved("reusable"), trainable=True)
+        model = keras.Sequential([keras.Input((4,)), layer])
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        loss = model.fit(numbers(4, 4), numbers(4, 3), verbose=0).history["loss"][0]
+    finally:
+        keras.config.set_floatx("float32")
+    assert loss > regularisation(saved("reusable"))
+
+
+def test_statistics_that_move_though_frozen_are_told(saved):
+    """The SavedModel is called whole; the summary does not call frozen what moves."""
+    backbone = Backbone.from_hub(saved("tower"), batch_norm="train")
+    states = {row[0]: row[-1] for row in backbone.trainable_summary().rows}
+    assert "train" not in states["total"]
+    backbone.unfreeze("top")
+    states = {row[0]: row[-1] for row in backbone.trainable_summary().rows}
+    assert states["block1"] == states["total"] == "train"

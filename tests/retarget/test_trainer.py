@@ -343,3 +343,26 @@ def test_keras_multi_optimizer_still_has_no_learning_rate():
     map_ = keras.optimizers.OptimizerMap(keras.optimizers.SGD())
     with pytest.raises(AttributeError, match="Learning rate cannot be accessed"):
         keras.optimizers.MultiOptimizer(map_).learning_rate  # noqa: B018  # reading it raises
+
+
+def test_validation_counts_the_regularisation_of_what_trains_now():
+    """A thawed layer's L2 counts from then on, in `val_loss` too, as after a `compile`."""
+    base = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(3, kernel_regularizer="l2", name="low")]
+    )
+    model = keras.Sequential(
+        [keras.Input((3,)), Backbone(base, name="base"), keras.layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.SGD(1e-9), "mse", jit_compile=False)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)).astype("float32"), rng.normal(size=(8, 1)).astype("float32")
+    thawing = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: thaw(model, rate=1e-9) if epoch == 1 else None
+    )
+    history = model.fit(
+        x, y, validation_data=(x, y), epochs=2, callbacks=[thawing], batch_size=8, verbose=0
+    ).history
+    added = 0.01 * np.sum(keras.ops.convert_to_numpy(base.layers[0].kernel) ** 2)
+    assert added > 1e-3
+    before, after = history["val_loss"]
+    assert after - before == pytest.approx(added, rel=1e-3)
