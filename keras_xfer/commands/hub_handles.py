@@ -1,7 +1,6 @@
 """SavedModels that `train --hub` names and that a run's model holds, looked at without a framework."""
 
 import json
-import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from keras_xfer import handles
 from keras_xfer.commands.recipe import UsageError
 from keras_xfer.handles.failures import shown
 from keras_xfer.handles.local import path_of
+from keras_xfer.handles.resolving import scheme_of
 
 # All that `train --hub` writes. With `safe_mode=False` Keras runs whatever code a file holds, and
 # what a file calls Dense need be none: https://github.com/keras-team/keras/blob/v3.15.1/keras/src/saving/serialization_lib.py
@@ -58,7 +58,7 @@ def located(handle: str) -> str:
         raise UsageError(
             "--hub: expected the folder, the archive or the address of a SavedModel. Received: ''"
         )
-    if _scheme(handle) not in ("", "file"):
+    if scheme_of(handle) not in ("", "file"):
         return handle
     try:
         return str(path_of(handle))
@@ -76,7 +76,7 @@ def look(handle: str, sha256: str | None) -> None:
     Raises:
         UsageError: There is no SavedModel, or it cannot be had.
     """
-    if _scheme(handle) not in ("", "http", "https"):  # others load what takes seconds
+    if scheme_of(handle) not in ("", "http", "https"):  # others load what takes seconds
         return
     try:
         handles.resolve(handle, sha256=sha256)
@@ -169,12 +169,6 @@ def said(error: Exception) -> str:
     """
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
     return shown(text).replace("`sha256`", "--hub-sha256")
-
-
-def _scheme(handle: str) -> str:
-    """The scheme of an address, in lower case; a path has none."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(file):", handle, re.IGNORECASE)
-    return (match[1] or match[2]).lower() if match else ""
 
 
 def _config(path: Path) -> Any:

@@ -89,7 +89,7 @@ def _checked(sha256: str | None) -> str | None:
 
 
 def _resolve(handle: str, pin: str | None) -> str:
-    scheme = _scheme(handle)
+    scheme = scheme_of(handle)
     if handle and scheme in ("", "file"):
         return local.resolve_local(handle, local.path_of(handle), pin)
     if scheme in ("http", "https"):
@@ -102,8 +102,13 @@ def _resolve(handle: str, pin: str | None) -> str:
     return elsewhere.resolve_with_tensorflow_hub(handle)
 
 
-def _scheme(handle: str) -> str:
-    """The scheme of an address, in lower case; a path (and a drive of Windows) has none."""
+def scheme_of(handle: str) -> str:
+    """Return the scheme of an address, in lower case; a path (and a drive of Windows) has none.
+
+    Example:
+    >>> scheme_of("HTTPS://example.com/model"), scheme_of("~/model")
+    ('https', '')
+    """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://|(file):", handle, re.IGNORECASE)
     return (match[1] or match[2]).lower() if match else ""
 

@@ -16,6 +16,8 @@ import keras
 from keras.src.saving.serialization_lib import in_safe_mode
 
 from keras_xfer import freezing, handles, saved_model
+from keras_xfer.blocks import Block
+from keras_xfer.blocks import blocks as find_blocks
 from keras_xfer.handles.local import path_of
 from keras_xfer.live_config import LiveConfig
 from keras_xfer.variable_group import grouped
@@ -221,11 +223,9 @@ class HubModule(freezing.ExactTrainable, keras.layers.Layer):
         freezing.thaw(self, freezing.select(self, start, batch_norm="affine", blocks=blocks))
 
     @property
-    def blocks(self) -> tuple[Any, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """The blocks of the module, by the numbers in the names of its scopes."""
-        from keras_xfer.blocks import blocks
-
-        return blocks(self)
+        return find_blocks(self)
 
     @property
     def why_not_trainable(self) -> str | None:
