@@ -471,3 +471,34 @@ def test_channels_first_says_no_image_size():
 
     shape = tf.TensorSpec([None, 3, 16, 16])
     assert HubModule(tf.function(mean, input_signature=[shape])).image_size is None
+
+
+# --- what Keras 3 does without it: when one of these fails, a workaround may go ------------------
+
+
+def test_keras_3_still_refuses_the_layer_of_tensorflow_hub(saved):
+    """https://github.com/tensorflow/tensorflow/issues/65419, https://github.com/tensorflow/hub/pull/930"""
+    layer = kerashub().KerasLayer(str(saved("bare")))
+    with pytest.raises(ValueError, match=r"[Oo]nly instances of `?keras\.Layer`?"):
+        keras.Sequential([keras.Input((4,)), layer])
+
+
+def test_kerass_own_layer_still_cannot_be_trained_with_adam(saved):
+    """Its variables keep the name that TensorFlow gave them, colon included."""
+    layer = keras.layers.TFSMLayer(str(saved("bare")), call_endpoint="__call__")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.compile(keras.optimizers.Adam(), "mse", jit_compile=False)
+    with pytest.raises(ValueError, match="not a valid"):
+        model.fit(inputs_of("bare"), np.zeros((4, 3), "float32"), verbose=0)
+
+
+def test_keras_still_will_not_clone_a_layer_that_runs_code(saved):
+    """Why the configuration of a layer that exists is told from one that was read."""
+    layer = keras.layers.TFSMLayer(str(saved("bare")), call_endpoint="__call__")
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        keras.models.clone_model(keras.Sequential([keras.Input((4,)), layer]))
+
+
+def test_keras_still_calls_a_product_sparse():
+    """Why a symbolic tensor is taken for sparse only where the SavedModel takes such."""
+    assert (2 * keras.KerasTensor((None, 4))).sparse
