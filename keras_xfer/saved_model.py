@@ -1,6 +1,7 @@
 """A SavedModel, or an object that was loaded: what of it is called, what it takes, and its
 variables in the order in which the forward pass reads them. TensorFlow alone."""
 
+import collections
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -304,11 +305,7 @@ def variables(loaded: Any, endpoint: Endpoint, described: str) -> list[tuple[str
     Raises:
         ValueError: one has no fixed shape.
     """
-    read: dict[int, Any] = {}
-    for each in endpoint.concrete:
-        read.update(
-            {id(variable): variable for variable in each.variables if id(variable) not in read}
-        )
+    read = {id(variable): variable for each in endpoint.concrete for variable in each.variables}
     declared = getattr(loaded, "variables", None)
     # Of a TextVectorization tf_keras declares what is no variable.
     every = list(read.values()) if declared is None else _unique(_of_tensorflow(declared))
@@ -318,11 +315,9 @@ def variables(loaded: Any, endpoint: Endpoint, described: str) -> list[tuple[str
     every += [variable for variable in read.values() if id(variable) not in known]
     every.sort(key=lambda variable: position.get(id(variable), -1))
     trained = _of_tensorflow(getattr(loaded, "trainable_variables", None))
-    training = {
-        id(v) for v in (every if trained is None else trained) if trained is not None or v.trainable
-    }
-    if endpoint.why_not_trainable:
-        training = set()
+    if trained is None:
+        trained = [variable for variable in every if variable.trainable]
+    training = set() if endpoint.why_not_trainable else {id(variable) for variable in trained}
     names = _names(loaded, every)
     for name, variable in zip(names, every, strict=True):
         if not variable.shape.is_fully_defined():
@@ -372,9 +367,13 @@ def _unique(items: Any) -> list[Any]:
 def _names(loaded: Any, every: list[Any]) -> list[str]:
     """Their own names, which a tf.Module often leaves at "Variable": then the attribute's."""
     own = [variable.name.partition(":")[0] for variable in every]
+    count = collections.Counter(own)
+    unclear = {name for name in own if count[name] > 1 or name == "Variable"}
+    if not unclear:
+        return own
     paths = {id(variable): path for path, variable in _attributes(loaded)}
     return [
-        paths.get(id(variable), name) if own.count(name) > 1 or name == "Variable" else name
+        paths.get(id(variable), name) if name in unclear else name
         for name, variable in zip(own, every, strict=True)
     ]
 
