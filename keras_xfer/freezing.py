@@ -48,11 +48,22 @@ class Thawable(Protocol):
 
 
 class Node(NamedTuple):
-    """One call of one layer in a model's graph; tensors are known by number."""
+    """One call of one layer in a model's graph; tensors are known by number.
+
+    Attributes:
+        layer: what is called: a layer, or an operation such as the one behind `a + b`.
+        inputs: the numbers of the tensors it is given.
+        outputs: the numbers of those it gives.
+        specs: the KerasTensors of the outputs.
+        run: `run(values, operation)` calls `operation` as the graph calls `layer`, on the tensors
+            in `values` by number, and adds those it gives.
+    """
 
     layer: Any
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    specs: tuple[Any, ...]
+    run: Callable[[dict[int, Any], Callable[..., Any]], None]
 
 
 class ExactTrainable:
@@ -118,9 +129,12 @@ def top_layers(model: keras.Layer) -> list[keras.Layer]:
     return list(model._flatten_layers(include_self=False, recursive=False)) or [model]
 
 
-def graph_nodes(model: keras.Layer) -> tuple[list[Node], tuple[int, ...]] | None:
-    """The calls of `model`'s graph in the order they run, nested functional models opened, and
-    the numbers of its output tensors; None where `model` has no graph."""
+def graph_nodes(
+    model: keras.Layer, *, nested: bool = True
+) -> tuple[list[Node], tuple[int, ...]] | None:
+    """The calls of `model`'s graph in the order they run, with `nested` those inside nested
+    functional models in place of theirs, and the numbers of its output tensors; None where `model`
+    has no graph."""
     graph = graph_of(model)
     if graph is None:
         return None
@@ -136,14 +150,16 @@ def graph_nodes(model: keras.Layer) -> tuple[list[Node], tuple[int, ...]] | None
         # The nodes of a functional model have no public name. Tried on Keras 3.15.1.
         for depth in sorted(graph._nodes_by_depth, reverse=True):
             for node in graph._nodes_by_depth[depth]:
-                inner = graph_of(node.operation)
+                inner = graph_of(node.operation) if nested else None
                 if inner is None or node.is_input:
                     inputs = tuple(number(scope, tensor) for tensor in node.input_tensors)
                     outputs = tuple(number(scope, tensor) for tensor in node.outputs)
                     if not (
                         node.is_input and scope != outermost
                     ):  # the inputs of an inner graph are outer tensors
-                        nodes.append(Node(node.operation, inputs, outputs))
+                        run = functools.partial(_run, node, inputs, outputs)
+                        specs = tuple(node.outputs)
+                        nodes.append(Node(node.operation, inputs, outputs, specs, run))
                     continue
                 inner_scope = next(scopes)
                 for outer, own in zip(node.input_tensors, inner.inputs, strict=False):
@@ -158,6 +174,20 @@ def graph_nodes(model: keras.Layer) -> tuple[list[Node], tuple[int, ...]] | None
 
     visit(graph, outermost)
     return nodes, tuple(number(outermost, tensor) for tensor in graph.outputs)
+
+
+def _run(
+    node: Any,
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    values: dict[int, Any],
+    operation: Callable[..., Any],
+) -> None:
+    # How a functional model calls its layers. Tried on Keras 3.15.1.
+    own = {id(tensor): values[i] for tensor, i in zip(node.input_tensors, inputs, strict=True)}
+    args, kwargs = node.arguments.fill_in(own)
+    given = keras.tree.flatten(operation(*args, **kwargs))
+    values.update(zip(outputs, given, strict=True))
 
 
 def parameters(layers: Iterable[keras.Layer], *, trainable_only: bool = False) -> int:
