@@ -517,9 +517,16 @@ def call(model: keras.Layer, inputs: Any, training: bool | None) -> Any:
     """
     live = bool(training) and any(weight.trainable for weight in model.weights)
     outputs = _call(model, (inputs,), {}, live)
-    # In Keras an explicit `training` also reaches the layers that are called after this one, in a
-    # `call` that somebody wrote by hand: a head's dropout would not act above a frozen backbone.
-    # So the last word is the `training` that came. Tried on Keras 3.15.1.
+    return say_training(outputs, training)
+
+
+def say_training(outputs: Any, training: bool | None) -> Any:
+    """`outputs`, after which the word is `training` again.
+
+    In Keras an explicit `training` also reaches the layers that are called after this one, in a
+    `call` that somebody wrote by hand: a head's dropout would not act above a frozen backbone.
+    So the last word is the `training` that came. Tried on Keras 3.15.1.
+    """
     return _SAY_TRAINING(outputs, training=training)
 
 
@@ -529,10 +536,16 @@ _SAY_TRAINING = keras.layers.Identity(name="say_training", autocast=False)
 def output_spec(model: keras.Layer, inputs: Any) -> Any:
     """The shapes and dtypes that `call` gives, without running the model."""
     outputs = model.compute_output_spec(inputs)
-    return outputs if graph_of(model) is None else _unpacked(outputs)
+    return outputs if graph_of(model) is None else unpacked(outputs)
 
 
-def _unpacked(outputs: Any) -> Any:
+def standard_inputs(graph: Functional, inputs: Any) -> list[Any]:
+    """`inputs` as the list of tensors that `graph` begins with, in its dtypes and ranks."""
+    # What Functional.call does first. Tried on Keras 3.15.1.
+    return list(graph._standardize_inputs(inputs))
+
+
+def unpacked(outputs: Any) -> Any:
     """As a functional model does: a single output in a list is that output."""
     return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
 
@@ -548,12 +561,17 @@ def _call(layer: keras.Layer, args: Any, kwargs: Any, training: bool) -> Any:
         still = [inner for inner in inside if not any(each.trainable for each in walk(inner))]
         with _inference_mode(still):
             return layer(*args, **kwargs, training=True)
+    return run_graph(graph, args[0], gated)
+
+
+def run_graph(graph: Functional, inputs: Any, each: Callable[[Any], Callable[..., Any]]) -> Any:
+    """What `graph` gives for `inputs` with `each(layer)` called in place of each layer."""
     # Functional.call gives every layer the same `training`. Tried on Keras 3.15.1.
-    outputs = graph._run_through_graph(graph._standardize_inputs(args[0]), operation_fn=_gated)
-    return _unpacked(outputs)
+    outputs = graph._run_through_graph(standard_inputs(graph, inputs), operation_fn=each)
+    return unpacked(outputs)
 
 
-def _gated(operation: Any) -> Callable[..., Any]:
+def gated(operation: Any) -> Callable[..., Any]:
     """`operation`, which trains if it is trainable and was not told otherwise in the graph."""
     if not isinstance(operation, keras.Layer):
         return operation  # an Operation such as keras.ops.add
@@ -563,6 +581,13 @@ def _gated(operation: Any) -> Callable[..., Any]:
         return _call(operation, args, kwargs, said is not False or _is_default(operation, said))
 
     return run
+
+
+def in_inference_mode(operation: Any) -> Callable[..., Any]:
+    """`operation`, told that nobody trains."""
+    if not isinstance(operation, keras.Layer):
+        return operation
+    return lambda *args, **kwargs: operation(*args, **{**kwargs, "training": False})
 
 
 def _is_default(layer: keras.Layer, training: bool) -> bool:

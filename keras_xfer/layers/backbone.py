@@ -307,6 +307,10 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
         self._batch_norm_guard.enforce()
         return super().weights
 
+    def enforce_batch_norm(self) -> None:
+        """Take back what contradicts `batch_norm`, for whoever calls the layers inside by hand."""
+        self._batch_norm_guard.enforce()
+
     # --- Looking inside ----------------------------------------------------------------------
 
     def cuts(self) -> list[str]:
@@ -402,14 +406,20 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The features of `inputs`."""
         self._batch_norm_guard.enforce()
-        outputs = freezing.call(self.model, inputs, training)
+        return self.finish(freezing.call(self.model, inputs, training))
+
+    def finish(self, outputs: Any) -> Any:
+        """What the layer makes of what its model gives: pooled, in the dtype of the layer."""
         if self._pool is not None:
             outputs = self._pool(outputs)
         return keras.tree.map_structure(self._cast, outputs)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:  # noqa: ARG002  # Keras's signature
         """Shape and dtype of the features, without running the model."""
-        outputs = freezing.output_spec(self.model, inputs)
+        return self.finish_spec(freezing.output_spec(self.model, inputs))
+
+    def finish_spec(self, outputs: Any) -> Any:
+        """Shape and dtype of what `finish` gives."""
         if self._pool is not None:
             outputs = self._pool.compute_output_spec(outputs)
         return keras.tree.map_structure(

@@ -1,0 +1,1 @@
+"""Never compute a frozen layer twice: `split_model`, `FeatureCache` and `fit_staged`."""
