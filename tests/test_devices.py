@@ -1,9 +1,11 @@
 """A schedule on other devices and precisions than one CPU in float32.
 
-Each case runs in a process of its own, since devices are said once in a process. Oracle: the same
-training on a single device, from the same weights and batches.
+Devices are said once in a process, so each case on several of them runs in one of its own. Oracle:
+the same training on a single device, from the same weights and batches.
 """
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -20,7 +22,7 @@ BACKEND = keras.backend.backend()
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="of JAX")
 
-# What every process begins with. `train` fits the model of `tests.schedules` through three stages,
+# What every case begins with. `train` fits the model of `tests.schedules` through three stages,
 # with warm-up and layer decay; `told` prints what it came to.
 PRELUDE = """
 import json
@@ -77,6 +79,12 @@ def start(code, devices="", **environment):
     )
 
 
+def told(out, errors=""):
+    lines = [line for line in out.splitlines() if line.startswith("TOLD ")]
+    assert lines, errors[-4000:]
+    return json.loads(lines[-1].removeprefix("TOLD "))
+
+
 def end(process, seconds=240):
     """What the process told."""
     try:
@@ -84,14 +92,23 @@ def end(process, seconds=240):
     finally:
         process.kill()
         process.wait()
-    lines = [line for line in out.splitlines() if line.startswith("TOLD ")]
     assert process.returncode == 0, errors[-4000:]
-    assert lines, errors[-4000:]
-    return json.loads(lines[-1].removeprefix("TOLD "))
+    return told(out, errors)
 
 
-def run(code, devices="", **environment):
+def run(code, devices, **environment):
+    """What a process told that runs `code` on `devices`."""
     return end(start(code, devices, **environment))
+
+
+def run_here(code):
+    """What `code` tells on one device; this process will do, which has imported everything."""
+    out = io.StringIO()
+    # On torch nothing runs on more than one, and Keras's own scope breaks its variables.
+    cpu = contextlib.nullcontext() if BACKEND == "torch" else keras.device("cpu:0")
+    with contextlib.redirect_stdout(out), cpu:
+        exec(PRELUDE + textwrap.dedent(code), {"__name__": "case"})  # noqa: S102  # from this file
+    return told(out.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +118,7 @@ def single():
 
     def of(optimizer="sgd"):
         if optimizer not in done:
-            done[optimizer] = run(SINGLE.replace("OPTIMIZER", optimizer))
+            done[optimizer] = run_here(SINGLE.replace("OPTIMIZER", optimizer))
             assert done[optimizer]["history"]["stage"] == [0, 1, 2, 2]
         return done[optimizer]
 
@@ -138,7 +155,7 @@ WAYS = {
     ],
 )
 def test_the_way_a_step_is_run_does_not_show(single, way):
-    assert_same(run(f"told(*train({ADAM}, {WAYS[way]}))"), single(ADAM))
+    assert_same(run_here(f"told(*train({ADAM}, {WAYS[way]}))"), single(ADAM))
 
 
 # --- Several devices -------------------------------------------------------------------------
@@ -288,7 +305,7 @@ def test_mixed_precision_learns_and_carries_the_loss_scale(policy):
         assert str(model.layers[-1].compute_dtype) == {policy.removeprefix("mixed_")!r}
         told(model, history)
     """
-    history = run(code)["history"]
+    history = run_here(code)["history"]
     assert history["stage"] == [0, 0, 1, 1, 1, 1, 1, 1]
     assert history["loss"][-1] < history["loss"][2] < history["loss"][0]
     if policy == "mixed_float16":  # at each epoch's begin and end; 4 steps an epoch, 6 to grow
@@ -306,7 +323,7 @@ def test_float16_wraps_the_optimizer_by_itself():
         assert int(model.optimizer.step_counter) == 16
         told(model, history)
     """
-    history = run(code)["history"]
+    history = run_here(code)["history"]
     assert history["loss"][-1] < history["loss"][0]
 
 
@@ -337,7 +354,7 @@ def test_class_weights_and_validation_in_the_middle():
         assert np.allclose(history["val_loss"], other.history.history["val_loss"], atol=1e-5)
         told(model, history)
     """
-    assert run(code)["history"]["stage"] == [0, 1, 1, 1]
+    assert run_here(code)["history"]["stage"] == [0, 1, 1, 1]
 
 
 OWN_STEP = {
@@ -383,6 +400,6 @@ def test_a_train_step_of_ones_own(single):
         "history = own.fit(x, y, epochs=4, callbacks=[staged()], **schedules.BATCH).history\n"
         "told(inner, history)\n"
     )
-    mine, theirs = run(code), single()
+    mine, theirs = run_here(code), single()
     mine["history"]["loss"] = theirs["history"]["loss"]  # of the last batch, not their mean
     assert_same(mine, theirs)
