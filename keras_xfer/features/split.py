@@ -87,11 +87,18 @@ def split_model(
 
 
 def split_between(
-    model: keras.Model, body: Backbone | None, above: Sequence[keras.Layer] | None, at: Start
+    model: keras.Model,
+    body: Backbone | None,
+    above: Sequence[Any] | None,
+    at: Start,
+    *,
+    through_pooling: bool = False,
 ) -> tuple[keras.Model, keras.Model]:
     """As `split_model`, with the layers of `body` (of the model where that is None) that are above;
-    None: nothing of it is. `at` is what messages call the cut."""
-    chosen = _Choice(body, None if above is None else frozenset(map(id, above)))
+    None: nothing of it is, and with `through_pooling` the pooling layers on top of it are below
+    too. `at` is what messages call the cut."""
+    units = None if above is None else frozenset(map(id, above))
+    chosen = _Choice(body, units, through_pooling)
     try:
         halves = _halves(freezing.graph_of(model), chosen, model.name)
     except _NoCutError as error:
@@ -107,6 +114,14 @@ def split_between(
     return halves.below, halves.above
 
 
+# They hold nothing that trains and make what is kept much smaller.
+_POOLING = tuple(
+    getattr(keras.layers, f"{kind}Pooling{n}D")
+    for kind in ("Average", "Max", "GlobalAverage", "GlobalMax")
+    for n in (1, 2, 3)
+)
+
+
 class _NoCutError(Exception):
     """Why there is no cut."""
 
@@ -117,6 +132,7 @@ class _Choice(NamedTuple):
 
     body: Backbone | None
     units: frozenset[int] | None
+    through_pooling: bool
 
 
 class _Halves(NamedTuple):
@@ -191,7 +207,7 @@ def _sides(nodes: Sequence[Node], chosen: _Choice) -> dict[int, Any]:
 
 def _side(layer: Any, chosen: _Choice, leads: bool) -> Any:
     """Where a call belongs whose inputs are all below."""
-    body, units = chosen
+    body, units, through_pooling = chosen
     inside = freezing.walk(layer) if isinstance(layer, keras.Layer) else []
     if body is None:
         assert units is not None  # noqa: S101  # there is no head without a body
@@ -203,7 +219,7 @@ def _side(layer: Any, chosen: _Choice, leads: bool) -> Any:
     if layer is body:
         return "below" if units is None else _backbone_halves(body, units)
     if not leads:
-        return "above"
+        return "below" if through_pooling and isinstance(layer, _POOLING) else "above"
     if not any(each is body for each in inside):
         return "below"
     if freezing.graph_of(layer) is None:
@@ -250,30 +266,38 @@ def _backbone_halves(backbone: Backbone, units: frozenset[int]) -> Any:
             "has no graph; it can be cut at its end alone, by 'head'"
         )
     nodes, outputs = found
-    calls = [node for node in nodes if node.inputs]
-    after: set[int] = set()
-    below: list[Node] = []
-    above: list[Node] = []
-    for node in calls:
-        if id(node.layer) in units or after.intersection(node.inputs):
-            above.append(node)
-            after.update(node.outputs)
-        else:
-            below.append(node)
+    below, above, crossing = cut_between(nodes, outputs, units)
     if not below:
         return "above"
     number = {
         id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
     }
-    specs = {i: spec for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)}
     graph: Any = freezing.graph_of(backbone.model)
-    crossing = _crossing(above, specs.keys() - after, outputs)
-    _check_masks([specs[i] for i in crossing])
     inputs = tuple(number[id(spec)] for spec in graph.inputs)
     cut = Cut(below, above, inputs, crossing, outputs)
     return _Halves(
         BackbonePart(backbone, cut, above=False), BackbonePart(backbone, cut, above=True)
     )
+
+
+def cut_between(
+    nodes: Sequence[Node], outputs: Sequence[int], units: frozenset[int]
+) -> tuple[list[Node], list[Node], tuple[int, ...]]:
+    """The calls below and above a cut under the layers with these ids and all that needs them, and
+    the tensors that cross it."""
+    after: set[int] = set()
+    below: list[Node] = []
+    above: list[Node] = []
+    known: set[int] = set()
+    for node in nodes:
+        if id(node.layer) in units or after.intersection(node.inputs):
+            above.append(node)
+            after.update(node.outputs)
+        else:
+            known.update(node.outputs)
+            if node.inputs:
+                below.append(node)
+    return below, above, _crossing(above, known, outputs)
 
 
 def _crossing(

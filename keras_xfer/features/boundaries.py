@@ -1,0 +1,262 @@
+"""Where each stage of a schedule is best cut: below it everything is computed once and kept."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import keras
+
+from keras_xfer import flops, freezing
+from keras_xfer.blocks import cuts
+from keras_xfer.features.live import live_layers, random_layers
+from keras_xfer.features.split import cut_between, split_between
+from keras_xfer.layers.backbone import Backbone
+from keras_xfer.stages.planning import PlannedStage
+
+BoundaryMode = Literal["auto", "always", "never"]
+MODES: tuple[BoundaryMode, ...] = ("auto", "always", "never")
+
+# A prefix that is less of the forward pass than this is not worth its place on the disk.
+LEAST_SHARE = 0.1
+# How many FLOPs take as long as reading a byte: some 100 GFLOP/s of a few CPU cores, 1 GB/s of a
+# disk. A constant, so that the same choice is made on every machine and every run.
+FLOPS_A_BYTE = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """Where a stage is cut, and why.
+
+    Attributes:
+        stage: int, from 0.
+        at: str, what the cut is called: "head", or the layer whose output crosses it; None where
+            the stage trains on the model's own inputs.
+        bytes_per_image: int or None, what is kept of an image.
+        flops_share: float or None, how much of the backbone's forward pass is below the cut.
+        reason: str.
+    """
+
+    stage: int
+    at: str | None
+    bytes_per_image: int | None
+    flops_share: float | None
+    reason: str
+    prefix: Any = dataclasses.field(default=None, repr=False, compare=False)
+    suffix: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        where = "uncached" if self.at is None else f"cached at {self.at}"
+        return f"stage {self.stage + 1}: {where}, {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A cut that a stage may have."""
+
+    at: str
+    above: tuple[Any, ...] | None  # the layers; None: all of the backbone is below
+    share: float | None  # of the forward pass
+    cost: float  # of an epoch, as far as it depends on the cut, in forward passes
+
+
+def choose(
+    model: keras.Model,
+    backbone: Backbone,
+    planned: Sequence[PlannedStage],
+    *,
+    epochs: int,
+    images: int | None,
+    budget_bytes: float,
+    mode: BoundaryMode = "auto",
+    augments: bool = False,
+) -> list[Boundary]:
+    """Choose the cut of each stage.
+
+    Args:
+        model: the whole model.
+        backbone: the `Backbone` in it.
+        planned: the stages.
+        epochs: int, of all stages.
+        images: int, how many images are kept, each view counted; None, not known.
+        budget_bytes: how many bytes one stage's features may take.
+        mode: "auto"; "always", wherever something is frozen; "never".
+        augments: bool, whether random layers before the backbone are kept as views.
+
+    Returns:
+        list of `Boundary`, one a stage.
+
+    Raises:
+        ValueError: with "always", a stage that cannot be cut though something of it is frozen.
+    """
+    lasting = _epochs_at(planned, epochs)
+    made: dict[int | None, Boundary] = {}
+    boundaries = []
+    for place in planned:
+        if place.position not in made:
+            made[place.position] = _choose_one(
+                model,
+                backbone,
+                place,
+                epochs=lasting[place.position],
+                images=images,
+                budget_bytes=budget_bytes,
+                mode=mode,
+                augments=augments,
+            )
+        boundaries.append(dataclasses.replace(made[place.position], stage=place.index))
+    return boundaries
+
+
+def _choose_one(
+    model: keras.Model,
+    backbone: Backbone,
+    place: PlannedStage,
+    *,
+    epochs: int,
+    images: int | None,
+    budget_bytes: float,
+    mode: BoundaryMode,
+    augments: bool,
+) -> Boundary:
+    def uncached(reason: str) -> Boundary:
+        return Boundary(place.index, None, None, None, reason)
+
+    if mode == "never":
+        return uncached("boundary='never'")
+    if mode == "auto" and epochs < 2:
+        return uncached("it lasts a single epoch, which would use each feature once")
+    candidates = _candidates(backbone, place.position)
+    if not candidates:
+        return uncached("nothing of the backbone is frozen")
+    best = min(candidates, key=lambda each: each.cost)
+    if mode == "auto" and best.share is not None and best.share < LEAST_SHARE:
+        return uncached(
+            f"only {best.share:.0%} of the forward pass is frozen, less than {LEAST_SHARE:.0%}"
+        )
+    try:
+        prefix, suffix = split_between(
+            model, backbone, best.above, at=best.at, through_pooling=best.above is None
+        )
+        _check_fixed(prefix, augments)
+    except ValueError as error:
+        if mode == "always":
+            raise
+        return uncached(" ".join(str(error).split()))
+    size = _bytes_of(prefix.outputs)
+    if mode == "auto":
+        if size is None or images is None:
+            what = "the size of its features" if size is None else "the number of images"
+            return uncached(f"{what} is not known beforehand")
+        if size * images > budget_bytes:
+            return uncached(
+                f"{_readable(size * images)} of features are more than the {_readable(budget_bytes)} "
+                "that the disk has for them"
+            )
+    share = "" if best.share is None else f"{best.share:.0%} of the forward pass done once, "
+    kept = "an unknown number of bytes" if size is None else _readable(size)
+    return Boundary(
+        place.index, best.at, size, best.share, f"{share}{kept} an image", prefix, suffix
+    )
+
+
+def _epochs_at(planned: Sequence[PlannedStage], epochs: int) -> dict[int | None, int]:
+    """How many epochs train from each position, of all stages that do."""
+    found: dict[int | None, int] = {}
+    for place in planned:
+        begin = place.first_epoch
+        lasts = place.stage.epochs
+        if lasts is None:
+            lasts = max(0, epochs - (begin or 0))
+        found[place.position] = found.get(place.position, 0) + lasts
+    return found
+
+
+def _candidates(backbone: Backbone, position: int | None) -> list[_Candidate]:
+    """The cuts at which a stage that trains from `position` on may be cut: just below what trains,
+    and wherever below a single tensor crosses."""
+    if position is None:
+        return [_Candidate("head", None, 1.0, 0.0)]
+    found = freezing.graph_nodes(backbone.model)
+    if found is None or position == 0:
+        return []
+    nodes, outputs = found
+    costs = flops.estimates(nodes)
+    total = None if None in costs else sum(cost or 0 for cost in costs)
+    flops_of = {id(node): cost or 0 for node, cost in zip(nodes, costs, strict=True)}
+    specs = {i: spec for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)}
+
+    def add(at: str, above: Sequence[Any]) -> None:
+        below, _, crossing = cut_between(nodes, outputs, frozenset(map(id, above)))
+        if not any(getattr(node.layer, "weights", ()) for node in below):
+            return  # nothing to save
+        size = _bytes_of(specs[i] for i in crossing)
+        if not total or size is None:  # shapes are not known: as far up as can be
+            candidates.append(_Candidate(at, tuple(above), None, float(len(candidates))))
+            return
+        share = sum(flops_of[id(node)] for node in below) / total
+        cost = (1 - share) + FLOPS_A_BYTE * size / total
+        candidates.append(_Candidate(at, tuple(above), share, cost))
+
+    candidates: list[_Candidate] = []
+    units = freezing.units(backbone.model)[position:]
+    add(f"before {units[0].name}", units)
+    trained = frozenset(map(id, units))
+    alone = set(cuts(backbone.model))
+    for i, node in enumerate(nodes[:-1]):
+        if id(node.layer) in trained:
+            break
+        if node.layer.name in alone:
+            add(f"after {node.layer.name}", [each.layer for each in nodes[i + 1 :]])
+    return candidates
+
+
+def _check_fixed(prefix: keras.Model, augments: bool) -> None:
+    """Raise where what is below the cut would not stay what it is."""
+    random = random_layers(prefix)
+    if random and not augments:
+        raise ValueError(
+            f"{_named(random)} below the cut act randomly while training; pass views=K to keep "
+            "K augmented passes of each image"
+        )
+    if moving := [layer for layer in live_layers(prefix) if layer not in random]:
+        raise ValueError(
+            f"{_named(moving)} below the cut write to their weights while training: set their "
+            "trainable to False, or put them inside the Backbone"
+        )
+    if trained := prefix.trainable_variables:
+        raise ValueError(
+            f"{trained[0].path!r} below the cut trains, so that its features change: set its "
+            "layer's trainable to False, or put it above the Backbone"
+        )
+
+
+def _named(layers: Iterable[keras.Layer]) -> str:
+    return ", ".join(f"{layer.name!r} ({type(layer).__name__})" for layer in layers)
+
+
+def _bytes_of(specs: Iterable[Any]) -> int | None:
+    """What the tensors take for one image; None where a dimension is not known."""
+    total = 0
+    for spec in specs:
+        shape = tuple(spec.shape)[1:]
+        if None in shape:
+            return None
+        total += math.prod(shape) * _itemsize(spec.dtype)
+    return total
+
+
+def _itemsize(dtype: Any) -> int:
+    import ml_dtypes  # Keras's own requirement
+    import numpy as np
+
+    name = keras.backend.standardize_dtype(dtype)
+    return int(np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name).itemsize)
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
