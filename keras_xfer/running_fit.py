@@ -4,15 +4,33 @@ Keras tells callbacks no more than that (https://keras.io/guides/writing_your_ow
 the names inside `fit` are read from its frame. Tried on Keras 3.15.1.
 """
 
+import contextlib
 import inspect
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+
+_told: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def fitting(model: keras.Model, **names: Any) -> Iterator[None]:
+    """Within it `model` is trained by something else than its own `fit`, in which these names would
+    be, `validation_data` among them."""
+    _told[model] = names
+    try:
+        yield
+    finally:
+        del _told[model]
 
 
 def locals_of_fit(model: keras.Model) -> dict[str, Any]:
     """The names inside the `fit` of `model` that is running, `validation_data` among them; empty
     where the callbacks are driven by hand."""
+    if model in _told:
+        return dict(_told[model])
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "fit":

@@ -314,6 +314,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin the stage that `epoch` belongs to, if it is another."""
         progress = self._progress
+        self._steps_per_epoch = self._told_steps() or self._steps_per_epoch
         if progress is None or progress.next_epoch != epoch:
             self._begin_at(epoch)
         elif self._is_over(progress):
@@ -355,6 +356,21 @@ class StagedUnfreezing(keras.callbacks.Callback):
                 self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
         self._swapping = []
         set_current_stage(self.model, None)
+
+    def stage_at(self, epoch: int) -> planning.PlannedStage:
+        """Within a `fit`, the stage that `epoch` (from 0) will be in, by what is known now.
+
+        Args:
+            epoch: int, the next epoch, or any that it may begin with.
+
+        Returns:
+            A `keras_xfer.stages.planning.PlannedStage`; the last stage after the schedule's end.
+        """
+        progress = self._progress
+        if progress is None or progress.next_epoch != epoch:
+            return planning.stage_at(self._planned, epoch)
+        over = self._is_over(progress) and progress.stage + 1 < len(self._planned)
+        return self._planned[progress.stage + over]
 
     # --- Resuming ----------------------------------------------------------------------------
 

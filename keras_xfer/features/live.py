@@ -18,6 +18,23 @@ _REGULARIZERS = (
 )
 
 
+class Still(keras.layers.Layer):
+    """`layer` as `predict` runs it: augmentation inside does nothing, also where it is stored."""
+
+    def __init__(self, layer: keras.Layer) -> None:
+        super().__init__(autocast=False)
+        self.layer = layer
+        self.built = True
+
+    def call(self, inputs: Any) -> Any:
+        """What the layer answers."""
+        return self.layer(inputs, training=False)
+
+    def get_config(self) -> dict[str, Any]:
+        """What is still."""
+        return {"layer": keras.saving.serialize_keras_object(self.layer)}
+
+
 def live_layers(extractor: keras.Layer) -> list[keras.Layer]:
     """The layers of `extractor` that act otherwise while training: augmentation, dropout and noise,
     BatchNormalization whose statistics move.
@@ -26,6 +43,8 @@ def live_layers(extractor: keras.Layer) -> list[keras.Layer]:
     extractor without one, which as a whole is a pretrained model, only augmentation is: nobody
     extracts features with dropout.
     """
+    if isinstance(extractor, Still):
+        return []
     outside = _outside_of_backbones(extractor)
     if len(outside) == len(freezing.walk(extractor)):
         return [layer for layer in outside if _is_random(layer) and not _regularizes(layer)]

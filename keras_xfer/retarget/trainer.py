@@ -155,6 +155,11 @@ def begin_at(model: keras.Model, epoch: int | None) -> None:
     model._initial_epoch = epoch
 
 
+def begins_at(model: keras.Model, epoch: int) -> int:
+    """The epoch at which a `fit` that was told `epoch` begins, after `on_train_begin`."""
+    return int(model._initial_epoch or epoch)
+
+
 def is_chief(model: keras.Model) -> bool:
     """Whether this process is the one, of those that train `model` together, that writes files."""
     if keras.backend.backend() == "tensorflow":

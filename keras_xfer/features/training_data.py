@@ -1,0 +1,234 @@
+"""What `fit_staged` trains on: as it came, or as cached features, one order for both."""
+
+import difflib
+from typing import Any
+
+import keras
+
+from keras_xfer.features.cache import FeatureCache
+from keras_xfer.features.dataset import CachedFeatures
+from keras_xfer.features.live import Still
+from keras_xfer.features.nesting import flatten, pack, describe
+from keras_xfer.features.order import Ordered
+from keras_xfer.features.source import as_tuple, leaves_of, source_of
+
+# Of `Model.fit`, with its defaults.
+_ARGUMENTS: dict[str, Any] = {
+    "batch_size": None,
+    "class_weight": None,
+    "initial_epoch": 0,
+    "sample_weight": None,
+    "shuffle": True,
+    "steps_per_epoch": None,
+    "validation_batch_size": None,
+    "validation_freq": 1,
+    "validation_split": 0.0,
+    "validation_steps": None,
+}
+
+
+class TrainingData:
+    """The data of one `fit_staged`.
+
+    Attributes:
+        validation: what `fit` calls validation_data.
+        initial_epoch: int.
+        clock: `Clock`, the callback that sets the order of each epoch.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        validation_data: Any,
+        arguments: dict[str, Any],
+        *,
+        views: int,
+        seed: int,
+        key: str | None,
+        verbose: Any,
+    ) -> None:
+        for name in arguments:
+            if name not in _ARGUMENTS:
+                near = difflib.get_close_matches(name, _ARGUMENTS, n=1, cutoff=0)[0]
+                raise TypeError(
+                    f"Expected arguments of Model.fit. Received: {name}={arguments[name]!r}; "
+                    f"nearest is {near!r}."
+                )
+        given = {**_ARGUMENTS, **arguments}
+        self.initial_epoch: int = given.pop("initial_epoch")
+        self.batch_size: int | None = given.pop("batch_size")
+        self.validation_batch_size: int | None = given.pop("validation_batch_size")
+        self.shuffle = bool(given.pop("shuffle"))
+        weights, split = given.pop("sample_weight"), given.pop("validation_split")
+        self._arguments = given  # as they are, for every `fit`
+        self._views = views
+        self._key = key
+        self._verbose = 0 if verbose == 0 else "auto"
+        self._train: Any = x
+        self._is_arrays = _is_arrays(x)
+        if self._is_arrays:
+            self._train = (
+                (x, y, weights) if weights is not None else (x, y) if y is not None else (x,)
+            )
+        elif y is not None or weights is not None:
+            raise ValueError(
+                "Expected labels and weights inside a dataset. Received: "
+                f"{'y' if y is not None else 'sample_weight'} with x of type {type(x).__name__}."
+            )
+        self.validation = validation_data
+        if split and validation_data is None:
+            self._split(split)
+        self.clock = Clock(seed)
+        self._fed: Any = None
+        self._num_images: int | None = None
+
+    def images(self) -> int:
+        """How many rows are kept: those of all views, and those of the validation."""
+        rows = _num_rows(self._train, self.batch_size) * self._views
+        return (
+            rows if self.validation is None else rows + _num_rows(self.validation, self.batch_size)
+        )
+
+    def steps(self) -> int | None:
+        """How many batches an epoch has, as far as it is known by now."""
+        if self._arguments["steps_per_epoch"] is not None:
+            return int(self._arguments["steps_per_epoch"])
+        if self._fed is not None:
+            return _num_batches(self._fed)
+        if self._is_arrays:
+            return -(-len(leaves_of(self._train)[0]) // (self.batch_size or 32))
+        return _num_batches(self._train)
+
+    def plain(self) -> dict[str, Any]:
+        """Arguments of `fit` for the data as they came."""
+        train, shuffle = self._train, self.shuffle
+        if self._is_arrays:
+            train = _ArrayBatches(
+                self._train, self.batch_size or 32, shuffle=shuffle, seed=self.clock.seed
+            )
+            shuffle = False  # they are, row by row
+        return self._feeding(train, train, self.validation, shuffle=shuffle)
+
+    def cached(self, cache: FeatureCache, prefix: keras.Model) -> dict[str, Any]:
+        """Arguments of `fit` for what `prefix` makes of the data."""
+        train = cache.features(
+            prefix,
+            self._train,
+            views=self._views,
+            key=self._key,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.clock.seed,
+            verbose=self._verbose,
+        )
+        validation = None
+        if self.validation is not None:
+            still: Any = Still(prefix) if self._views > 1 else prefix
+            validation = _readable(
+                cache.features(
+                    still,
+                    _validation_tuple(self.validation),
+                    key=self._key and f"{self._key} (validation)",
+                    batch_size=self.validation_batch_size or self.batch_size,
+                    verbose=self._verbose,
+                )
+            )
+        return self._feeding(train, _readable(train), validation, shuffle=False)
+
+    def _feeding(
+        self, ordered: Any, train: Any, validation: Any, *, shuffle: bool
+    ) -> dict[str, Any]:
+        self.clock.data = ordered if isinstance(ordered, Ordered | CachedFeatures) else None
+        self._fed = train
+        arguments = {**self._arguments, "shuffle": shuffle, "initial_epoch": self.initial_epoch}
+        if _is_arrays(validation):  # datasets come in batches
+            arguments["validation_batch_size"] = self.validation_batch_size or self.batch_size
+        return {"x": train, "validation_data": validation, **arguments}
+
+    def _split(self, split: float) -> None:
+        """As `fit` does it: the last rows, before any order is drawn."""
+        if not self._is_arrays or not 0 < split < 1:
+            raise ValueError(
+                "Expected validation_split in (0, 1), of arrays. Received: "
+                f"validation_split={split!r} with x of type {type(self._train).__name__}."
+            )
+        structure, leaves = describe(self._train), leaves_of(self._train)
+        at = int(len(leaves[0]) * (1 - split))
+        self.validation = pack(structure, [leaf[at:] for leaf in leaves])
+        self._train = pack(structure, [leaf[:at] for leaf in leaves])
+
+
+class Clock(keras.callbacks.Callback):
+    """Sets the epoch of the data that are trained on, by which they draw their order and view; the
+    seed survives an interrupted run."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.data: Ordered | CachedFeatures | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Set the epoch."""
+        if self.data is not None:
+            self.data.seed = self.seed
+            self.data.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the seed of the interrupted run."""
+        self.seed = state["seed"]
+
+
+class _ArrayBatches(Ordered):
+    """Arrays as batches, in the order in which their features would come."""
+
+    def __init__(
+        self, arrays: tuple[Any, ...], batch_size: int, *, shuffle: bool, seed: int
+    ) -> None:
+        self._structure = describe(arrays)
+        self._leaves = leaves_of(arrays)
+        super().__init__(len(self._leaves[0]), batch_size, shuffle=shuffle, seed=seed)
+
+    def __getitem__(self, index: int) -> Any:
+        rows = self.rows(index)
+        return pack(self._structure, [leaf[rows] for leaf in self._leaves])
+
+
+def _readable(features: Any) -> Any:
+    """On TensorFlow native tf.data, which is faster."""
+    return features.as_tf_dataset() if keras.backend.backend() == "tensorflow" else features
+
+
+def _is_arrays(data: Any) -> bool:
+    leaves = flatten(data)
+    return bool(leaves) and all(
+        hasattr(leaf, "__array__") or hasattr(leaf, "detach") for leaf in leaves
+    )
+
+
+def _validation_tuple(data: Any) -> Any:
+    return as_tuple(data) if _is_arrays(data) else data
+
+
+def _num_rows(data: Any, batch_size: int | None) -> int:
+    """The rows of `data`, at most; counted where nothing tells."""
+    source = source_of(data, batch_size=batch_size, key="counting")
+    if source.num_rows is not None:
+        return source.num_rows
+    batches = _num_batches(data)
+    if batches is not None:
+        return batches * source.rows_per_batch
+    return sum(len(leaves[0]) for leaves in source.read())
+
+
+def _num_batches(data: Any) -> int | None:
+    if isinstance(data, keras.utils.PyDataset):
+        return int(data.num_batches)
+    if hasattr(data, "cardinality"):  # tf.data
+        count = int(data.cardinality())
+        return count if count >= 0 else None
+    return len(data) if hasattr(data, "__len__") else None
