@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a module may import of the package: what stands on the same or a lower floor.
 FLOORS = {
     1: {
-        "_version", "applications", "blocks", "bundle", "files", "freezing", "handles", "live_config", "monitor", "running_fit", "retarget", "stages",
+        "_version", "applications", "blocks", "bundle", "files", "flops", "freezing", "handles", "live_config", "monitor", "running_fit", "retarget", "stages",
         "saved_model", "structure", "tables", "variable_group",
     },
     2: {"layers", "callbacks"},
