@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 
+from keras_xfer import flops
 from keras_xfer.freezing import Node, graph_nodes, is_batch_norm, is_saved_model, units, walk
 from keras_xfer.variable_group import VariableGroup
 
@@ -40,9 +42,54 @@ class Block:
     layers: tuple[keras.Layer, ...] = dataclasses.field(repr=False)
 
 
-def cuts(model: keras.Layer) -> list[str]:
-    """The layers whose output alone crosses to what comes after them, in order."""
-    return [node.layer.name for node in _flow(model)[1]]
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Cut(str):
+    """The name of a layer whose output alone crosses to what comes after it, and what it costs and
+    saves to keep that output; everywhere else it is a str.
+
+    Args:
+        name: str, the layer's name, which is the value.
+        shape: tuple of int, the output of one image; None for a dimension that is not known.
+        bytes_per_image: int, the size of that output; None where it is not known.
+        flops: int, the estimated FLOPs of one image up to here, two for each multiply-add; None
+            where they are not known (see `keras_xfer.flops`).
+        flops_share: float in [0, 1], that part of the whole model's; None where it is not known.
+
+    Example:
+
+    >>> cut = cuts(keras.applications.VGG16(weights=None))[-1]
+    >>> cut, cut.shape, cut.bytes_per_image, cut.flops_share
+    ('predictions', (1000,), 4000, 1.0)
+
+    Reference:
+        https://en.wikipedia.org/wiki/Biconnected_component
+    """
+
+    name: dataclasses.InitVar[str]
+    shape: tuple[int | None, ...]
+    bytes_per_image: int | None = None
+    flops: int | None = None
+    flops_share: float | None = None
+
+    def __new__(cls, name: str, *_: Any, **__: Any) -> Self:  # noqa: D102  # the str that it is
+        return super().__new__(cls, name)
+
+
+def cuts(model: keras.Layer, input_shape: Sequence[int] | None = None) -> list[Cut]:
+    """The layers whose output alone crosses to what comes after them, in order, for an input of
+    that shape (without the batch; None for the model's own)."""
+    nodes, found = _flow(model)
+    if nodes and input_shape is not None:
+        nodes = flops.sized(nodes, input_shape)
+    costs = flops.estimates(nodes)
+    total = _sum(costs)
+    made = []
+    for i, tensor in found:
+        spec = nodes[i].specs[nodes[i].outputs.index(tensor)]
+        so_far = _sum(costs[: i + 1])
+        share = None if so_far is None or total is None else so_far / total if total else 1.0
+        made.append(Cut(nodes[i].layer.name, tuple(spec.shape[1:]), _bytes(spec), so_far, share))
+    return made
 
 
 def blocks(model: keras.Layer) -> tuple[Block, ...]:
@@ -69,8 +116,22 @@ def blocks(model: keras.Layer) -> tuple[Block, ...]:
     )
 
 
-def _flow(model: keras.Layer) -> tuple[list[Node], list[Node]]:
-    """The nodes of the model's graph, and those among them at which it can be cut."""
+def _sum(costs: Sequence[int | None]) -> int | None:
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
+
+
+def _bytes(spec: Any) -> int | None:
+    """The size of what `spec` says of one image, None where it does not say it."""
+    shape, dtype = spec.shape[1:], keras.backend.standardize_dtype(spec.dtype)
+    bits = re.search(r"\d+", dtype)  # NumPy does not know bfloat16
+    if None in shape or (bits is None and dtype != "bool"):
+        return None
+    return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def _flow(model: keras.Layer) -> tuple[list[Node], list[tuple[int, int]]]:
+    """The nodes of the model's graph, and where among them it can be cut: position and tensor."""
     found = graph_nodes(model)
     if found is None:
         return [], []
@@ -79,24 +140,23 @@ def _flow(model: keras.Layer) -> tuple[list[Node], list[Node]]:
     last_use.update(dict.fromkeys(outputs, len(nodes)))
     # The inputs are there from the start: several of them are no cut, one after the other.
     live = {tensor for node in nodes if not node.inputs for tensor in node.outputs}
-    cut_nodes = []
+    found_cuts = []
     for i, node in enumerate(nodes):
         live.update(node.outputs)
         live = {tensor for tensor in live if last_use.get(tensor, -1) > i}
         if len(live) == 1 and live <= set(node.outputs):
-            cut_nodes.append(node)
-    return nodes, cut_nodes
+            found_cuts.append((i, next(iter(live))))
+    return nodes, found_cuts
 
 
 def _ends(model: keras.Layer, layers: Sequence[keras.Layer]) -> list[int]:
     """Positions in `layers` before which a block may end."""
-    nodes, cut_nodes = _flow(model)
+    nodes, found_cuts = _flow(model)
     if not nodes:
         return _scope_ends(layers)
-    at = {id(node): i for i, node in enumerate(nodes)}
     segments = [
         nodes[begin + 1 : end + 1]
-        for begin, end in itertools.pairwise([-1, *(at[id(node)] for node in cut_nodes)])
+        for begin, end in itertools.pairwise([-1, *(i for i, _ in found_cuts)])
     ]
     hardly_cut = max(map(len, segments), default=0) * 2 >= len(nodes)
     if hardly_cut and (named := _named_concatenations(layers)):

@@ -1,7 +1,12 @@
 """Cuts against paths counted by hand; blocks against what people call a block."""
 
 import collections
+import copy
+import dataclasses
 import functools
+import itertools
+import json
+import pickle
 
 import keras
 import numpy as np
@@ -10,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_xfer import Backbone
-from keras_xfer.blocks import Block, blocks, cuts
+from keras_xfer.blocks import Block, Cut, blocks, cuts
 
 layers = keras.layers
 core = pytest.mark.core
@@ -176,6 +181,96 @@ def test_cuts_of_known_models(name, count):
     assert len(found) == count
     positions = [model.layers.index(model.get_layer(name)) for name in found]
     assert positions == sorted(positions)
+
+
+@core
+def test_a_cut_tells_what_is_kept_and_what_is_done():
+    found = {cut: cut for cut in cuts(residual())}
+    multiply_adds = 4 * 4 * (3 * 3 * 3 * 4 + 4)
+    stem = found["stem_conv"]
+    assert (stem.shape, stem.bytes_per_image, stem.flops) == ((4, 4, 4), 256, 2 * multiply_adds)
+    multiply_adds += 4 * 4 * 4  # normalization
+    elements = 4 * 4 * 4  # of the activation
+    assert found["stem_relu"].flops == 2 * multiply_adds + elements
+    multiply_adds += 2 * 4 * 4 * (3 * 3 * 4 * 4 + 4) + 2 * 2 * 2 * (3 * 3 * 4 * 4 + 4)
+    elements += 3 * 4 * 4 * 4 + 2 * 2 * 2 * 4 + 4
+    pool = found["pool"]
+    assert (pool.shape, pool.bytes_per_image, pool.flops) == (
+        (4,),
+        16,
+        2 * multiply_adds + elements,
+    )
+    assert stem.flops_share == stem.flops / pool.flops
+    assert found["inputs"].flops_share == 0
+    assert pool.flops_share == 1
+
+
+@core
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_bytes_are_those_of_the_dtype(policy):
+    tokens = keras.Input((6,), dtype="int32", name="tokens")
+    x = layers.Embedding(9, 5, dtype=policy, name="embedded")(tokens)
+    x = layers.Dense(3, dtype="float32", name="dense")(x)
+    found = cuts(keras.Model(tokens, keras.ops.greater(x, 0)))
+    assert found[:3] == ["tokens", "embedded", "dense"]
+    assert [cut.bytes_per_image for cut in found] == [6 * 4, 6 * 5 * 2, 6 * 3 * 4, 6 * 3]
+
+
+@core
+def test_of_several_outputs_the_one_that_crosses_is_kept():
+    inputs = keras.Input((6, 5), name="inputs")
+    _, state = layers.GRU(3, return_sequences=True, return_state=True, name="gru")(inputs)
+    found = cuts(keras.Model(inputs, layers.Dense(2, name="top")(state)))
+    assert [(cut, cut.shape) for cut in found] == [
+        *(("inputs", (6, 5)), ("gru", (3,)), ("top", (2,)))
+    ]
+
+
+@core
+def test_what_is_not_known_of_a_cut_is_none_until_it_is_said():
+    inputs = keras.Input((None, None, 3), name="inputs")
+    x = layers.GlobalAveragePooling2D(name="pool")(conv("stem")(inputs))
+    model = keras.Model(inputs, x)
+    stem, pool = cuts(model)[1:]
+    assert (stem.shape, stem.bytes_per_image) == ((None, None, 4), None)
+    assert (pool.shape, pool.bytes_per_image) == ((4,), 16)
+    for cut in (stem, pool):
+        assert (cut.flops, cut.flops_share) == (None, None)
+    stem, pool = cuts(model, (8, 6, 3))[1:]
+    assert (stem.shape, stem.bytes_per_image) == ((8, 6, 4), 8 * 6 * 4 * 4)
+    assert stem.flops == 2 * 8 * 6 * (3 * 3 * 3 * 4 + 4)
+    assert pool.flops_share == 1
+
+
+@core
+def test_a_cut_is_a_str_that_cannot_be_changed():
+    (*_, cut) = cuts(residual())
+    assert isinstance(cut, Cut)
+    assert cut == "pool"
+    assert hash(cut) == hash("pool")
+    assert f"{cut!r} {cut}" == "'pool' pool"
+    assert json.dumps([cut]) == '["pool"]'
+    assert type(str(cut)) is str
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cut.flops = 0
+    for again in (copy.copy(cut), copy.deepcopy(cut), pickle.loads(pickle.dumps(cut))):
+        assert isinstance(again, Cut)
+        assert again == cut
+        assert vars(again) == vars(cut) != {}
+
+
+@on_tensorflow
+@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0", "VGG16", "NASNetMobile"])
+def test_shares_rise_to_the_whole(name):
+    found = cuts(application(name))
+    shares = [cut.flops_share for cut in found]
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert all(below < above for below, above in itertools.pairwise(shares))
+    for cut in found:
+        shape = application(name).get_layer(cut).output.shape[1:]
+        assert cut.shape == shape
+        assert cut.bytes_per_image == 4 * np.prod(shape)
 
 
 # --- blocks ----------------------------------------------------------------------------------------

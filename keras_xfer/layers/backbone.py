@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import keras
 
 from keras_xfer import applications, freezing
-from keras_xfer.blocks import Block
+from keras_xfer.blocks import Block, Cut
 from keras_xfer.blocks import blocks as find_blocks
 from keras_xfer.blocks import cuts as find_cuts
 from keras_xfer.layers.hub_module import HubModule
@@ -313,19 +313,68 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
 
     # --- Looking inside ----------------------------------------------------------------------
 
-    def cuts(self) -> list[str]:
+    def cuts(self, input_shape: tuple[int, ...] | None = None) -> list[Cut]:
         """The articulation points of the model's graph: the names of the layers whose output
-        alone crosses to what follows, in order.
+        alone crosses to what follows, in order, and what it costs and saves to keep that output.
+
+        Args:
+            input_shape: tuple `(height, width, channels)` of the images, for a model that takes
+                any size; None for what the model was built for.
 
         Returns:
-            list of str; empty where the model has no graph (its `call` is its own code).
+            list of str with the attributes `shape`, `bytes_per_image`, `flops` (estimated, of one
+            image up to here) and `flops_share` (of the whole model); None where shapes are not
+            known. Empty where the model has no graph (its `call` is its own code).
+
+        Raises:
+            ValueError: the model does not take `input_shape`.
 
         Example:
 
-        >>> Backbone.from_application("VGG16", weights=None, pooling=None).cuts()[-1]
-        'block5_pool'
+        >>> backbone = Backbone.from_application("VGG16", weights=None, pooling=None)
+        >>> cut = backbone.cuts((224, 224, 3))[-1]
+        >>> cut, cut.shape, cut.bytes_per_image, cut.flops_share
+        ('block5_pool', (7, 7, 512), 100352, 1.0)
+
+        Reference:
+            https://en.wikipedia.org/wiki/Biconnected_component
         """
-        return find_cuts(self.model)
+        return find_cuts(self.model, input_shape)
+
+    def cuts_summary(self, input_shape: tuple[int, ...] | None = None) -> Table:
+        """What it costs and saves to keep the output of each of `cuts()`.
+
+        Args:
+            input_shape: see `cuts`.
+
+        Returns:
+            A table that prints itself, with `rows` of (cut, shape, KiB an image, share of FLOPs up
+            to there); "-" for what is not known.
+
+        Raises:
+            ValueError: the model does not take `input_shape`.
+
+        Example:
+
+        >>> dense = [keras.layers.Dense(n, name=f"dense{n}") for n in (768, 256)]
+        >>> print(Backbone(keras.Sequential([keras.Input((256,)), *dense])).cuts_summary().rows[1:])
+        [('dense768', (768,), 3.0, 0.501), ('dense256', (256,), 1.0, 1.0)]
+
+        Reference:
+            https://en.wikipedia.org/wiki/Biconnected_component
+        """
+        return Table(
+            ("cut", "shape", "KiB an image", "share of FLOPs"),
+            [
+                (
+                    str(cut),
+                    cut.shape,
+                    "-" if cut.bytes_per_image is None else round(cut.bytes_per_image / 1024, 1),
+                    "-" if cut.flops_share is None else round(cut.flops_share, 3),
+                )
+                for cut in self.cuts(input_shape)
+            ],
+        )
 
     @property
     def blocks(self) -> tuple[Block, ...]:

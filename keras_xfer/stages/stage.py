@@ -164,6 +164,8 @@ class Stage:
             value = getattr(self, field.name)
             if field.name == "learning_rate":
                 value = _plain_rate(value)
+            elif isinstance(value, str):
+                value = str(value)  # one of `Backbone.cuts()` is more than that
             if value != field.default or field.name == "unfreeze":
                 config[field.name] = value
         return config

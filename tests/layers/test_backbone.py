@@ -1162,6 +1162,24 @@ def test_models_of_ones_own_reload(tmp_path, make):
 # --- looking inside --------------------------------------------------------------------------------
 
 
+def test_the_summary_of_cuts_shows_what_it_costs_to_keep_them():
+    inputs = keras.Input((None, None, 3), name="inputs")
+    x = layers.Conv2D(32, 3, strides=2, padding="same", use_bias=False, name="stem")(inputs)
+    x = layers.Conv2D(64, 1, use_bias=False, name="top")(x)
+    backbone = Backbone(keras.Model(inputs, x))
+    stem, top = 32 * 32 * 3 * 3 * 3 * 32, 32 * 32 * 32 * 64  # of 64 x 64
+    assert backbone.cuts((64, 64, 3))[1].flops == 2 * stem
+    assert str(backbone.cuts_summary((64, 64, 3))).splitlines() == [
+        "cut     shape         KiB an image  share of FLOPs",
+        "inputs  (64, 64, 3)           48.0             0.0",
+        f"stem    (32, 32, 32)         128.0           {stem / (stem + top):.3f}",
+        "top     (32, 32, 64)         256.0             1.0",
+    ]
+    assert backbone.cuts_summary().rows[1] == ("stem", (None, None, 32), "-", "-")
+    with pytest.raises(ValueError, match="input_shape"):
+        backbone.cuts_summary((64, 64))
+
+
 def test_the_summary_counts_what_trains():
     inner = keras.Sequential(
         [

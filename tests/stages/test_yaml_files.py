@@ -4,7 +4,7 @@ import sys
 import keras
 import pytest
 
-from keras_xfer import Stage, StagedUnfreezing
+from keras_xfer import Backbone, Stage, StagedUnfreezing
 from keras_xfer.stages import stages_from_yaml, stages_to_yaml
 from keras_xfer.stages.yaml_files import _automatic_names
 from tests import schedules
@@ -132,6 +132,14 @@ def test_names_that_keras_counts_up_are_refused(path, name):
 def test_names_that_last_are_written(path, name):
     stages_to_yaml([Stage(name, learning_rate=1.0)], path)
     assert stages_from_yaml(path)[0].unfreeze == name
+
+
+def test_the_name_of_a_cut_is_written(path):
+    (*_, cut) = Backbone(
+        keras.Sequential([keras.Input((4,)), keras.layers.ReLU(name="top")])
+    ).cuts()
+    stages_to_yaml([Stage(cut, learning_rate=1.0)], path)
+    assert stages_from_yaml(path)[0].unfreeze == "top"
 
 
 def test_the_names_that_are_refused_are_those_that_keras_gives():
