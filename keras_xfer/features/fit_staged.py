@@ -18,7 +18,6 @@ from keras_xfer.features.boundaries import MODES, Boundary, BoundaryMode, choose
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.stage_callbacks import StageCallbacks
 from keras_xfer.features.training_data import TrainingData
-from keras_xfer.layers.backbone import Backbone
 from keras_xfer.retarget.stand_in import StandIn, standing_in, why_no_stand_in
 from keras_xfer.retarget.trainer import begins_at, distribution_scope
 from keras_xfer.running_fit import fitting
@@ -256,7 +255,10 @@ def _with(schedule: StagedUnfreezing, callbacks: Sequence[Any]) -> list[Any]:
 def _budget_bytes(cache: FeatureCache) -> float:
     """What the features of a stage may take: what the cache may, and half of what the disk has
     left, with what the cache has of it by now, so that a second run finds the same."""
-    free = shutil.disk_usage(cache.directory).free + cache.info().total_bytes
+    folder = Path(cache.directory).absolute()
+    while not folder.exists():  # it is made when it is first needed
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free + cache.info().total_bytes
     return min(free / 2, math.inf if cache.max_bytes is None else cache.max_bytes)
 
 

@@ -8,7 +8,7 @@ import keras
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.dataset import CachedFeatures
 from keras_xfer.features.live import Still
-from keras_xfer.features.nesting import flatten, pack, describe
+from keras_xfer.features.nesting import describe, flatten, pack
 from keras_xfer.features.order import Ordered
 from keras_xfer.features.source import as_tuple, leaves_of, source_of
 
@@ -168,7 +168,7 @@ class Clock(keras.callbacks.Callback):
         self.seed = seed
         self.data: Ordered | CachedFeatures | None = None
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002  # Keras's signature
         """Set the epoch."""
         if self.data is not None:
             self.data.seed = self.seed

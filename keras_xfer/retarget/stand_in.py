@@ -47,7 +47,7 @@ def _kerass(name: str) -> Any:
 
 
 class StandIn(keras.Model):
-    """Runs the `fit` of `model` with `forward` in place of its forward pass.
+    """Runs the `fit` of `model` with `upper` in place of its forward pass.
 
     Everything else is the model's own: its variables, its optimizer at any time, loss, metrics, how
     it was compiled, whether it is to stop. So callbacks that hold `model` see it train, and `save`,
@@ -55,16 +55,16 @@ class StandIn(keras.Model):
 
     Args:
         model: a built and compiled `keras.Model` for which `why_no_stand_in` is None.
-        forward: a layer that gives what `model` gives, of the inputs that `fit` will get. It holds
+        upper: a layer that gives what `model` gives, of the inputs that `fit` will get. It holds
             every variable of `model` that trains.
     """
 
     # What it stands for, which Keras is not to count among its parts.
     _model: Any
 
-    def __init__(self, model: keras.Model, forward: keras.Layer) -> None:
+    def __init__(self, model: keras.Model, upper: keras.Layer) -> None:
         super().__init__(name=f"{model.name}_stand_in", autocast=False)
-        self.forward = forward
+        self.upper = upper
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_over", False)
         for name in _COMPILED:
@@ -74,7 +74,7 @@ class StandIn(keras.Model):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """What `model` would answer."""
-        return self.forward(inputs, training=training)
+        return self.upper(inputs, training=training)
 
     def end(self) -> None:
         """From `on_epoch_end`: the `fit` that runs ends after this epoch, and the training goes on.
@@ -112,7 +112,7 @@ class StandIn(keras.Model):
     @property
     def trainable_variables(self) -> list[Any]:
         """What of the model's variables trains."""
-        inside = {id(variable) for variable in self.forward.variables}
+        inside = {id(variable) for variable in self.upper.variables}
         return [each for each in self._model.trainable_variables if id(each) in inside]
 
     @property
