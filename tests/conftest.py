@@ -1,6 +1,7 @@
 """What every test shares: a quiet backend, one seed, and SavedModels that are made once."""
 
 import functools
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -10,6 +11,12 @@ import pytest
 from filelock import FileLock
 
 from tests import saved_models
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and is spared by every collection of garbage to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
