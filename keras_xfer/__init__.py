@@ -37,14 +37,22 @@ if not _is_command():
     from keras_xfer.layers import Backbone, BackbonePreprocessing, HubModule
     from keras_xfer.stages import Stage
 
-_LAZY = ("applications", "images", "reports")
+_LAZY = ("applications", "features", "images", "reports")
+_LAZY_NAMES = {
+    "CachedFeatures": "features",
+    "FeatureCache": "features",
+    "fit_staged": "features",
+    "split_model": "features",
+}
 
 __all__ = [
     "Backbone",
     "BackbonePreprocessing",
     "BackupAndRestore",
     "BestCheckpoint",
+    "CachedFeatures",
     "EpochTiming",
+    "FeatureCache",
     "HubModule",
     "LearningRateCurve",
     "Stage",
@@ -52,11 +60,14 @@ __all__ = [
     "__version__",
     "applications",
     "callbacks",
+    "features",
     "find_learning_rate",
+    "fit_staged",
     "images",
     "layers",
     "reports",
     "retarget",
+    "split_model",
     "stages",
 ]
 
@@ -64,6 +75,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"keras_xfer.{name}")
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(f"keras_xfer.{_LAZY_NAMES[name]}"), name)
     raise AttributeError(f"module 'keras_xfer' has no attribute {name!r}")
 
 

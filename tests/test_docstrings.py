@@ -8,9 +8,9 @@ import keras
 import pytest
 
 import keras_xfer
-from keras_xfer import callbacks, layers, reports, stages
+from keras_xfer import callbacks, features, layers, reports, stages
 
-NAMESPACES = (keras_xfer, layers, callbacks, stages, reports)
+NAMESPACES = (keras_xfer, layers, callbacks, features, stages, reports)
 EXPORTED = {
     f"{name}": getattr(namespace, name)
     for namespace in NAMESPACES

@@ -126,7 +126,7 @@ def _choose_one(
         return uncached("boundary='never'")
     if mode == "auto" and epochs < 2:
         return uncached("it lasts a single epoch, which would use each feature once")
-    candidates = _candidates(backbone, place.position)
+    candidates = _candidates(model, backbone, place.position)
     if not candidates:
         return uncached("nothing of the backbone is frozen")
     best = min(candidates, key=lambda each: each.cost)
@@ -172,7 +172,7 @@ def _epochs_at(planned: Sequence[PlannedStage], epochs: int) -> dict[int | None,
     return found
 
 
-def _candidates(backbone: Backbone, position: int | None) -> list[_Candidate]:
+def _candidates(model: keras.Model, backbone: Backbone, position: int | None) -> list[_Candidate]:
     """The cuts at which a stage that trains from `position` on may be cut: just below what trains,
     and wherever below a single tensor crosses."""
     if position is None:
@@ -181,6 +181,9 @@ def _candidates(backbone: Backbone, position: int | None) -> list[_Candidate]:
     if found is None or position == 0:
         return []
     nodes, outputs = found
+    shape = _input_shape(model, backbone)
+    if shape is not None:
+        nodes = flops.sized(nodes, shape)
     costs = flops.estimates(nodes)
     total = None if None in costs else sum(cost or 0 for cost in costs)
     flops_of = {id(node): cost or 0 for node, cost in zip(nodes, costs, strict=True)}
@@ -209,6 +212,15 @@ def _candidates(backbone: Backbone, position: int | None) -> list[_Candidate]:
         if node.layer.name in alone:
             add(f"after {node.layer.name}", [each.layer for each in nodes[i + 1 :]])
     return candidates
+
+
+def _input_shape(model: keras.Model, backbone: Backbone) -> tuple[int, ...] | None:
+    """The shape of what `model` gives to its backbone, where all of it is known and it is one."""
+    nodes, _ = freezing.graph_nodes(model) or ([], ())
+    specs = {i: spec for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)}
+    given = next((node.inputs for node in nodes if node.layer is backbone), ())
+    shapes = [tuple(specs[i].shape)[1:] for i in given]
+    return shapes[0] if len(shapes) == 1 and None not in shapes[0] else None
 
 
 def _check_fixed(prefix: keras.Model, augments: bool) -> None:
