@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -27,8 +28,11 @@ OUTPUTS = {
 
 
 def run_demo(output, *options):
+    """Run by the command `KERAS_XFER`, where one is given: an installed wheel's."""
+    installed = os.environ.get("KERAS_XFER")
+    command = [installed] if installed else [sys.executable, "-m", "keras_xfer.cli"]
     return subprocess.run(
-        [sys.executable, "-m", "keras_xfer.cli", "demo", "--output", str(output), *options],
+        [*command, "demo", "--output", str(output), *options],
         capture_output=True,
         text=True,
         timeout=900,
