@@ -1,6 +1,7 @@
 """`CachedFeatures`: features that were computed once, as batches for `fit`, on every backend."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -109,9 +110,22 @@ class CachedFeatures(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         if not 0 <= index < len(self):
             raise IndexError(f"Expected a batch in [0, {len(self)}). Received: index={index}")
-        rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._batch(index, self.order, self.epoch)
+
+    def one_pass(self) -> Iterator[tuple[Any, ...]]:
+        """All batches of an epoch, in the order that is in force when the first is asked for; with
+        the last one the next epoch begins."""
+        order, epoch = self.order, self.epoch
+        for index in range(len(self)):
+            batch = self._batch(index, order, epoch)
+            if index == len(self) - 1:  # whoever knows the length asks for no more
+                self.on_epoch_end()
+            yield batch
+
+    def _batch(self, index: int, order: np.ndarray, epoch: int) -> tuple[Any, ...]:
+        rows = order[index * self.batch_size : (index + 1) * self.batch_size]
         manifest, columns = self._entry.manifest, self._entry.columns
-        view = columns.views[self.epoch % self.views]
+        view = columns.views[epoch % self.views]
         features = pack(manifest.features, [column.take(rows) for column in view])
         rest = pack(manifest.rest, [column.take(rows) for column in columns.rest])
         return (features, *rest)

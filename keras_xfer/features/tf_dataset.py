@@ -1,9 +1,12 @@
 """Cached features as a native `tf.data.Dataset`.
 
-What fits is held as a tensor, and TensorFlow gathers batches of it without Python. Python is asked
-twice in a pass: for its order at the beginning, and told of its end with the last batch.
+A pass over it from Python, which is what `fit` does, gathers its batches in Python: to set up the
+functions of a tf.data pipeline takes longer than an epoch of a head on some hundred rows. Where
+it is part of another pipeline, TensorFlow gathers them of tensors, and Python is asked twice in a
+pass: for its order at the beginning, and told of its end with the last batch.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,12 +31,40 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns)
             "themselves to fit: they are a keras.utils.PyDataset."
         ) from error
 
+    def tensor(leaf: Any) -> Any:
+        return None if leaf is None else tf.constant(leaf)
+
+    class Batches(tf.data.Dataset):
+        """`dataset`, but for passes from Python."""
+
+        def __init__(self, dataset: Any) -> None:
+            self._dataset = dataset
+            super().__init__(tf.data.experimental.to_variant(dataset))
+
+        def _inputs(self) -> list[Any]:
+            return [self._dataset]
+
+        @property
+        def element_spec(self) -> Any:
+            return self._dataset.element_spec
+
+        def __iter__(self) -> Iterator[Any]:
+            if tf.executing_eagerly():
+                batches = features.one_pass()
+                return (tf.nest.map_structure(tensor, batch) for batch in batches)
+            return super().__iter__()
+
+    return Batches(_pipeline(features, manifest, columns, tf))
+
+
+def _pipeline(features: "CachedFeatures", manifest: Manifest, columns: Columns, tf: Any) -> Any:
+    """The batches of `features`, gathered by TensorFlow."""
     rows, batch_size, batches = features.num_samples, features.batch_size, len(features)
     gathers = [_gather(column, tf) for view in columns.views for column in view]
     rest_gathers = [_gather(column, tf) for column in columns.rest]
     leaves = len(manifest.feature_leaves)
 
-    def begin(_: Any) -> tuple[np.ndarray, np.ndarray]:
+    def begin(_: Any) -> Any:
         return features.order.astype(np.int64), np.int64(features.epoch % features.views)
 
     def end() -> None:
@@ -75,6 +106,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns)
     )
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False  # it would end a pass too early
+    options.experimental_optimization.apply_default_optimizations = False  # longer than they save
     return dataset.with_options(options)
 
 

@@ -1,12 +1,16 @@
 """Image files as batches for `fit`, `evaluate` and `predict`, on every backend."""
 
+import copy
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
 
+from keras_xfer import files
 from keras_xfer.images.pixels import RESIZES, in_threads, load_image, shown, size_in_pixels
 
 
@@ -142,6 +146,38 @@ class ImageDataset(keras.utils.PyDataset):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         images = self._images(rows)
         return (images,) if self.labels is None else (images, self.labels[rows])
+
+    def fingerprint(self, content: bool = False) -> str:
+        """What tells this dataset from others: its images and their labels, in this order.
+
+        It depends on neither `shuffle`, `seed` nor `epoch`.
+
+        Args:
+            content: Bool. `False` knows a file by its path, size and time of change, which is
+                read in no time; `True` by its content, wherever it lies. Defaults to `False`.
+
+        Returns:
+            String, a SHA-256.
+
+        Raises:
+            OSError: A file is not there any more.
+        """
+        known: list[Any] = [list(self.image_size), self.resize, content]
+        for row, path in enumerate(self.paths):
+            label = None if self.labels is None else int(self.labels[row])
+            if content:
+                known.append([files.sha256(path), label])
+            else:
+                found = path.stat()
+                known.append([str(path.absolute()), found.st_size, found.st_mtime_ns, label])
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def in_order(self) -> Self:
+        """The same images in the order of `samples`, and the same memory of those decoded."""
+        other = copy.copy(self)
+        other.shuffle = False
+        other.epoch = 0
+        return other
 
     def _images(self, rows: np.ndarray) -> np.ndarray:
         if self._cache is None:
