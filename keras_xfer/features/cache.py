@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_xfer import tables
+from keras_xfer import freezing, tables
 from keras_xfer.features import digests, identity, live
 from keras_xfer.features.dataset import CachedFeatures, OpenEntry
 from keras_xfer.features.entry import Columns, Entry
@@ -320,9 +320,15 @@ def _named(layers: list[keras.Layer]) -> str:
 
 
 def _input_names(extractor: keras.Layer, source: Source) -> Any:
-    """The names of a model's inputs, where data are matched to them by name."""
-    by_name = isinstance(source.x_structure, dict) and "dict" in source.x_structure
-    return [str(name) for name in getattr(extractor, "input_names", [])] if by_name else None
+    """Which input is called as which part of the data, where a dict is matched to a model's inputs
+    by their names."""
+    structure = source.x_structure
+    if not (isinstance(structure, dict) and "dict" in structure):
+        return None
+    keys = {key for key, _ in structure["dict"]}
+    graphs = [graph for graph in map(freezing.graph_of, freezing.walk(extractor)) if graph]
+    names = [[tensor.name for tensor in graph.inputs] for graph in graphs]
+    return [[name if name in keys else None for name in inputs] for inputs in names]
 
 
 def _info(store: Store) -> CacheInfo:

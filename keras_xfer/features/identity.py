@@ -42,13 +42,14 @@ def of_extractor(extractor: Any) -> dict[str, Any]:
             "Expected extractor to be a built keras.Model or keras.layers.Layer. Received: "
             f"extractor={extractor!r} of type {type(extractor).__name__}."
         )
-    if not extractor.built:
+    layers = freezing.walk(extractor)
+    # A wrapper around what is built, such as a Backbone, is built when it is first called.
+    if not extractor.built and not (layers[1:] and all(layer.built for layer in layers[1:])):
         raise ValueError(
             "Expected a built extractor, so that its weights exist. Received: extractor="
             f"{extractor.name!r}, which is not built yet: call it once on an input, or "
             "extractor.build(input_shape)."
         )
-    layers = freezing.walk(extractor)
     return {
         "structure": _structure(extractor, layers),
         "weights": digests.of_arrays(
