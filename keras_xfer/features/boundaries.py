@@ -138,7 +138,7 @@ def _choose_one(
         prefix, suffix = split_between(
             model, backbone, best.above, at=best.at, through_pooling=best.above is None
         )
-        _check_fixed(prefix, augments)
+        _check_fixed(prefix, backbone, augments)
     except ValueError as error:
         if mode == "always":
             raise
@@ -223,7 +223,7 @@ def _input_shape(model: keras.Model, backbone: Backbone) -> tuple[int, ...] | No
     return shapes[0] if len(shapes) == 1 and None not in shapes[0] else None
 
 
-def _check_fixed(prefix: keras.Model, augments: bool) -> None:
+def _check_fixed(prefix: keras.Model, backbone: Backbone, augments: bool) -> None:
     """Raise where what is below the cut would not stay what it is."""
     random = random_layers(prefix)
     if random and not augments:
@@ -236,7 +236,8 @@ def _check_fixed(prefix: keras.Model, augments: bool) -> None:
             f"{_named(moving)} below the cut write to their weights while training: set their "
             "trainable to False, or put them inside the Backbone"
         )
-    if trained := prefix.trainable_variables:
+    of_backbone = {id(each) for each in backbone.variables}  # the stage freezes them
+    if trained := [each for each in prefix.trainable_variables if id(each) not in of_backbone]:
         raise ValueError(
             f"{trained[0].path!r} below the cut trains, so that its features change: set its "
             "layer's trainable to False, or put it above the Backbone"

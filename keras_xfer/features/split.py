@@ -157,7 +157,7 @@ def _halves(graph: Any, chosen: _Choice, name: str) -> _Halves:
     if not any(side != "above" for side in sides.values()):
         raise _NoCutError("nothing is below the cut")
 
-    inputs = keras.tree.map_structure(_input_like, graph.input)
+    inputs = keras.tree.map_structure(lambda each: _input_like(each, name=each.name), graph.input)
     number = {
         id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
     }
@@ -321,8 +321,10 @@ def _given(node: Node, values: dict[int, Any], half: Any) -> list[Any]:
     return given
 
 
-def _input_like(tensor: Any) -> Any:
-    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse)
+def _input_like(tensor: Any, name: str | None = None) -> Any:
+    return keras.Input(
+        batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=name
+    )
 
 
 def _one_or_list(tensors: list[Any]) -> Any:
