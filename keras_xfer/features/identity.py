@@ -4,6 +4,7 @@
 are left out, and where a graph refers to a layer by name its place in the graph stands instead.
 """
 
+import inspect
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -74,7 +75,7 @@ def _structure(extractor: keras.Layer, layers: list[keras.Layer]) -> Any:
         raise ValueError(
             f"Expected layers that say by get_config() what they compute, to know their features "
             f"again. Received: extractor={extractor.name!r}, whose layer {layer.name!r} of type "
-            f"{type(layer).__name__} does not ({cause}). Give its class a get_config() that "
+            f"{type(layer).__name__} does not ({' '.join(str(cause).split())[:200]}). Give its class a get_config() that "
             "returns its arguments as JSON can hold them."
         ) from error
 
@@ -180,9 +181,15 @@ def _codes(layers: Iterable[keras.Layer]) -> list[Any]:
     for layer in layers:
         for cls in type(layer).__mro__:
             package = cls.__module__.partition(".")[0]
-            if package not in {"keras", "keras_xfer", "builtins", "tensorflow", "torch", "jax"}:
+            if cls is not object and package not in {
+                "keras",
+                "keras_xfer",
+                "tensorflow",
+                "torch",
+                "jax",
+            }:
                 functions = {
-                    name: _code(value.__code__)
+                    name: _code(inspect.unwrap(value).__code__)
                     for name, value in sorted(vars(cls).items())
                     if isinstance(value, types.FunctionType)
                 }

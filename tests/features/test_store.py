@@ -191,7 +191,7 @@ def test_a_full_disk_says_so_and_keeps_what_is_complete(tmp_path, monkeypatch, r
 def limited(folder, sender):
     import resource
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
     try:
         FeatureCache(folder).features(extractor(), np.zeros((20_000, 4), "float32"))
     except OSError as error:
