@@ -79,6 +79,7 @@ class Store:
         """Make the folder and say whose it is."""
         with writing(self.directory / MARKER, 0):
             (self.directory / LOCKS).mkdir(parents=True, exist_ok=True)
+            files.remove_leftovers(self.directory / MARKER)
             if not (self.directory / MARKER).exists():
                 files.write_json(self.directory / MARKER, {"format": FORMAT})
             for leftover in self.directory.glob(f"{_REMOVED}*"):  # of a process that died
