@@ -161,6 +161,14 @@ def test_pooling_on_top_of_a_backbone_is_below_the_cut_at_the_head():
     assert found.bytes_per_image == 6 * 6 * 4 * 4  # the pooling is above what trains
 
 
+@pytest.mark.xfail(strict=True, reason="a nested head is above the cut as a whole")
+def test_pooling_that_begins_a_nested_head_is_below_the_cut_too():
+    base = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv")])
+    head = keras.Sequential([layers.GlobalAveragePooling2D(), layers.Dense(3)])
+    (found,) = chosen(model_of(base, above=[head]), stage())
+    assert found.bytes_per_image == 4 * 4
+
+
 def test_narrow_dtypes_take_fewer_bytes():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model = model_of(stack(WIDTHS), dtype="mixed_bfloat16")
@@ -200,7 +208,6 @@ def test_the_choice_is_the_same_for_a_model_made_again():
 
 
 @pytest.mark.parametrize("start", ["all", "d2"])
-@pytest.mark.xfail(strict=True, reason="what trains now is taken for what trains in the stage")
 def test_the_choice_does_not_depend_on_what_trained_before(start):
     model = model_of(stack(WIDTHS))
     stages = [stage(), stage("d3")]

@@ -125,6 +125,9 @@ def test_a_pretrained_model_without_a_backbone_is_live_by_augmentation_alone():
     assert names(live_layers(model)) == ["wobble"]
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="graphs do not depend on the backend"
+)
 def test_nothing_in_a_plain_application():
     shape = (32, 32, 3)
     model = keras.applications.EfficientNetB0(
@@ -236,6 +239,7 @@ def test_augmentation_writes_to_no_weights():
         np.testing.assert_array_equal(to_numpy(weight), was)
 
 
+@pytest.mark.filterwarnings("ignore:Tensor.T is deprecated")  # RandAugment's own, on torch
 @pytest.mark.parametrize(
     "make", [layers.RandAugment, layers.RandomColorJitter], ids=lambda x: x.__name__
 )
