@@ -1,6 +1,7 @@
 """Three processes want the same features and are killed with SIGKILL at random moments, again and
 again: in the end every feature is right, and no shard was computed twice that was complete."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -45,7 +46,8 @@ def killed_until_one_ends(start, folder, kind, generator, most):
         processes[i].join(generator.uniform(0.05, 0.7))
         if any(process.exitcode is not None for process in processes):
             break
-        os.kill(processes[i].pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(processes[i].pid, signal.SIGKILL)
         processes[i].join(60)
         assert processes[i].exitcode in (0, -signal.SIGKILL)
         kills += processes[i].exitcode != 0

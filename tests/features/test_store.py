@@ -88,7 +88,7 @@ def test_a_damaged_shard_is_named_and_it_alone_is_computed_again(tmp_path, damag
     damage(only(tmp_path, "*/features-0-view-0-00001.npy"))
     with pytest.warns(UserWarning, match="features-0-view-0-00001.npy") as warned:
         check(features(tmp_path))
-    assert len(warned) == 1
+    assert len([each for each in warned if each.category is UserWarning]) == 1
     assert sorted(set(rows_computed)) == [6, 7, 8, 9, 10, 11]
     rows_computed.clear()
     check(features(tmp_path))
