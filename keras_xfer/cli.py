@@ -71,16 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from keras_xfer.commands.runs import RunFolder
+    from keras_xfer.commands.runs import RunFolder, check_cache
 
     recipe = _recipe(arguments)
     RunFolder(arguments.output, images=arguments.images)  # refuses before anything is loaded
+    if arguments.cache is not None:
+        check_cache(arguments.cache, images=arguments.images, output=arguments.output)
     if recipe.hub is not None:
         hub_handles.look(recipe.hub, recipe.hub_sha256)
     with _quiet_start():
         from keras_xfer.commands import job
         from keras_xfer.commands.screen import Screen
-    job.train(arguments.images, arguments.output, recipe, Screen(), resume=arguments.resume)
+    job.train(
+        arguments.images,
+        arguments.output,
+        recipe,
+        Screen(),
+        resume=arguments.resume,
+        cache=arguments.cache,
+    )
     return 0
 
 
@@ -132,6 +141,14 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    with _quiet_start():
+        from keras_xfer.commands import caching
+        from keras_xfer.commands.screen import Screen
+    {"info": caching.info, "clear": caching.clear}[arguments.action](arguments.directory, Screen())
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from keras_xfer.commands.runs import RunFolder
 
@@ -165,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_predict(commands)
+    _add_cache(commands)
     return parser
 
 
@@ -342,6 +360,30 @@ def _add_train(commands: Any) -> None:
         "hardware knows it",
     )
 
+    cache = train.add_argument_group(
+        "cache",
+        "What is frozen gives the same for an image in every epoch. Kept, it is computed once, and "
+        "the epochs train what is above it alone, to the same end.",
+    )
+    where = cache.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        help="keep it in this folder, for other runs on the same images too (default: with "
+        "--augment none in --output until the run has ended, else not at all)",
+    )
+    where.add_argument(
+        "--no-cache", action="store_true", help="compute it in every epoch, whatever is augmented"
+    )
+    cache.add_argument(
+        "--views",
+        metavar="N",
+        type=int,
+        help="with --cache and augmentation: how many augmented passes of each image to keep, of "
+        "which each epoch takes the next",
+    )
+
     data = train.add_argument_group("images")
     data.add_argument(
         "--augment",
@@ -430,6 +472,29 @@ def _add_predict(commands: Any) -> None:
     predict.set_defaults(run=_predict)
 
 
+def _add_cache(commands: Any) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="show or remove what train --cache keeps",
+        description="Show or remove what keras-xfer train --cache DIR keeps.",
+        allow_abbrev=False,
+    )
+    actions = cache.add_subparsers(
+        metavar="ACTION", required=True, parser_class=_Parser, dest="action", help="what to do"
+    )
+    for name, text in (
+        ("info", "list what is kept, the last used first, with its bytes"),
+        ("clear", "remove everything that no process has open"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=f"{text.capitalize()}.", allow_abbrev=False
+        )
+        action.add_argument(
+            "directory", metavar="DIR", type=_folder, help="the --cache of keras-xfer train"
+        )
+    cache.set_defaults(run=_cache)
+
+
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = vars(arguments)
     recipe = {name: given[name] for name in vars(_DEFAULT) if name in given}
@@ -438,6 +503,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             raise UsageError(HUB_OR_BACKBONE)
         recipe["hub"] = hub_handles.located(arguments.hub)
     recipe["hub_range"] = tuple(arguments.hub_range)
+    recipe["cached"] = False if arguments.no_cache else arguments.cache is not None or None
     return Recipe(**recipe, backbone_args=dict(arguments.backbone_arg))
 
 

@@ -546,7 +546,7 @@ def test_predict_on_wrong_input(trained, photos, tmp_path, capfd):
 
 
 def test_help_explains_every_option(capfd):
-    for name in ("demo", "train", "predict"):
+    for name in ("demo", "train", "predict", "cache"):
         assert main([name, "--help"]) == 0
         assert "--" in capfd.readouterr().out
     commands = cli._parser()._subparsers._group_actions[0].choices
@@ -554,7 +554,9 @@ def test_help_explains_every_option(capfd):
         assert all(action.help for action in parser._actions)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--epochs"], ["train", "."]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--epochs"], ["train", "."], ["cache", "info", "no-such"]]
+)
 def test_help_and_wrong_usage_load_no_framework(arguments):
     code = (
         "import sys; sys.argv[0] = 'keras-xfer'; from keras_xfer.cli import main; main();"

@@ -15,9 +15,10 @@ from keras_xfer import files
 from keras_xfer.callbacks.backup_and_restore import BackupAndRestore, BackupError
 from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
-from keras_xfer.commands import hub_backbone, training
+from keras_xfer.commands import caching, hub_backbone, training
+from keras_xfer.commands.caching import RunCache
 from keras_xfer.commands.recipe import Recipe, UsageError
-from keras_xfer.commands.runs import CHECKPOINT, UNFINISHED, RunFolder
+from keras_xfer.commands.runs import CHECKPOINT, UNFINISHED, RunFolder, check_cache
 from keras_xfer.commands.screen import EpochLines, Screen, counted, seconds
 from keras_xfer.commands.training import Classifier, Fitted, Row
 from keras_xfer.images import ImageFolder, scan
@@ -33,6 +34,7 @@ def train(
     screen: Screen,
     *,
     resume: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Train a classifier on a folder of images and write the run's folder.
 
@@ -43,6 +45,8 @@ def train(
         screen: A `Screen` for what was found, each epoch, and the result.
         resume: Bool, whether to go on with the run of the same recipe that was cut off there. If
             it had ended nothing is done; if there is none it begins.
+        cache: Path of the folder where a recipe that caches keeps features. `None`: one in the
+            run's folder, until the run has ended.
 
     Returns:
         A dict, what `metrics.json` holds.
@@ -54,6 +58,10 @@ def train(
         KeyboardInterrupt: With a message that says what is kept.
     """
     run = RunFolder(output, images=images)
+    features = None
+    if cache is not None:
+        check_cache(cache, images=images, output=output)
+        features = caching.given(cache, screen)
     recipe = training.read_stages(recipe)
     folder = look_at(images, recipe, screen)
     record = {
@@ -75,7 +83,9 @@ def train(
         if run.is_unfinished() and not resume:
             screen.line("Discarded the unfinished run that was there; --resume goes on with one")
         with run.writing(record, resume=resume):
-            fitted = fit(classifier, folder, recipe, run, screen, resumable=True)
+            if recipe.caches and features is None:
+                features = caching.own(run, screen)
+            fitted = fit(classifier, folder, recipe, run, screen, resumable=True, cache=features)
             metrics = finish(classifier, fitted, folder, recipe, run, screen)
     show_result(metrics, run, screen)
     return metrics
@@ -151,6 +161,7 @@ def fit(
     screen: Screen,
     *,
     resumable: bool = False,
+    cache: RunCache | None = None,
 ) -> Fitted:
     """Train, keeping `history.csv` up to date, and the best model where it is interrupted.
 
@@ -162,6 +173,7 @@ def fit(
         screen: A `Screen`.
         resumable: Bool, whether to keep what `keras-xfer train --resume` needs, and to go on from
             it where it is there.
+        cache: `None`, or where to keep features.
 
     Returns:
         A `Fitted`.
@@ -186,8 +198,14 @@ def fit(
             if backup.next_epoch:
                 screen.line(f"Resumed  after epoch {backup.next_epoch}")
             callbacks.append(backup)
-        return training.fit(
-            classifier, folder, recipe, checkpoint, on_epoch=on_epoch, callbacks=callbacks
+        fitted = training.fit(
+            classifier,
+            folder,
+            recipe,
+            checkpoint,
+            on_epoch=on_epoch,
+            callbacks=callbacks,
+            cache=cache,
         )
     except BackupError as error:
         # What follows speaks of the callback's arguments.
@@ -211,6 +229,9 @@ def fit(
             f"{(checkpoint.best_epoch or 0) + 1}, the best so far: model.keras, labels.json, "
             f"history.csv, skipped.csv{goes_on}"
         ) from None
+    for name, told in zip(names, fitted.cached or [], strict=False):
+        screen.line(f"Cache    {name}: {told}")
+    return fitted
 
 
 def save(classifier: Classifier, folder: ImageFolder, run: RunFolder) -> None:
@@ -319,12 +340,15 @@ def summary(
                 "learning_rate": rows[0]["learning_rate"],
                 "epoch_seconds": _median(rows, "epoch_seconds"),
                 "samples_per_second": _median(rows, "samples_per_second"),
+                **({} if fitted.cached is None else {"cached": fitted.cached[index]}),
             }
     return {
         "val_accuracy": fitted.best_accuracy(),
         "best_epoch": fitted.best_epoch,
         "epochs": len(fitted.rows),
-        "training_seconds": sum(row["epoch_seconds"] for row in fitted.rows),
+        "training_seconds": sum(row["epoch_seconds"] for row in fitted.rows)
+        + fitted.feature_seconds,
+        **({} if fitted.cached is None else {"feature_seconds": fitted.feature_seconds}),
         "classes": len(folder.class_names),
         **{f"{split}_images": sum(count) for split, count in folder.counts().items()},
         "skipped_images": len(folder.skipped),

@@ -52,6 +52,10 @@ class Recipe:
         augment: `"none"`, `"light"` (flip, shift, zoom) or `"strong"` (rotate and shear too).
         flip: Bool, whether augmentation may mirror images.
         mixed_precision: Bool, compute in 16 bits.
+        cached: Bool, whether what the frozen layers give for an image is computed once and kept.
+            `None`: where they give the same in every epoch, with pretrained weights and nothing
+            augmented.
+        views: None, or int, how many augmented passes of each image are kept.
         class_weights: Bool, whether every class counts alike.
         validation_split: Float in (0, 1), where there is no validation folder.
         test_split: Float in [0, 1), where there is no test folder.
@@ -86,6 +90,8 @@ class Recipe:
     dropout: float = 0.2
     augment: str = "light"
     flip: bool = True
+    cached: bool | None = None
+    views: int | None = None
     mixed_precision: bool = False
     class_weights: bool = False
     validation_split: float = 0.2
@@ -96,6 +102,7 @@ class Recipe:
         for name, least in (("epochs", 1), ("batch_size", 1), ("image_size", 1), ("seed", 0)):
             self._check_whole(name, least)
         self._check_whole("head_epochs", 0)
+        self._check_whole("views", 2)
         for name in ("learning_rate", "fine_tune_rate"):
             rate = getattr(self, name)
             if rate is not None and not (rate > 0 and math.isfinite(rate)):
@@ -115,6 +122,7 @@ class Recipe:
         if self.head_epochs is not None and self.head_epochs > self.epochs:
             raise self._error("head_epochs", f"at most the {self.epochs} of --epochs")
         self._check_hub()
+        self._check_cached()
         is_told = self.unfreeze != TOP_THIRD or self.fine_tune_rate is not None or self.head_epochs
         if self.stages is not None and is_told:
             raise UsageError(
@@ -143,9 +151,17 @@ class Recipe:
         head = -(-self.epochs // 3) if self.head_epochs is None else self.head_epochs
         return head, self.epochs - head
 
+    @property
+    def caches(self) -> bool:
+        """Whether what the frozen layers give for an image is computed once and kept."""
+        if self.cached is None:
+            return self.augment == "none" and self.weights is not None
+        return self.cached
+
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe in types that JSON has."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["cached"] = self.caches
         if self.stages is not None and not isinstance(self.stages, str):
             values["stages"] = [stage.get_config() for stage in self.stages]
         values["backbone_args"] = dict(self.backbone_args)
@@ -167,6 +183,29 @@ class Recipe:
             raise UsageError(HUB_OR_BACKBONE)
         if self.hub_sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", self.hub_sha256):
             raise self._error("hub_sha256", "64 hexadecimal digits, as sha256sum prints them")
+
+    def _check_cached(self) -> None:
+        if self.weights is None and (self.cached or self.views is not None):
+            raise UsageError(
+                "--cache and --views: with --weights none everything trains from the first epoch, "
+                "and nothing stays as it is. Leave them out, or give --weights PATH"
+            )
+        if self.augment == "none":
+            if self.views is not None:
+                raise UsageError(
+                    "--views: with --augment none all passes of an image are alike. Leave it out, "
+                    "or give --augment light"
+                )
+        elif self.cached and self.views is None:
+            raise UsageError(
+                f"--cache: with --augment {self.augment} every epoch trains on other images. Give "
+                "--views N, to keep N augmented passes of each image, or --augment none"
+            )
+        elif self.views is not None and not self.cached:
+            raise UsageError(
+                "--views: augmented passes are kept in a cache alone. Give --cache DIR, or leave "
+                "out --views"
+            )
 
     def _check_whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ OUTPUTS = (
 RECORD = "run.json"  # says that a folder is a run's, and what was asked for
 UNFINISHED = "unfinished"  # the folder of what a run needs to go on, there until it has ended
 CHECKPOINT = f"{UNFINISHED}/best.keras"
+FEATURES = f"{UNFINISHED}/features"  # a folder of its own, a keras_xfer.FeatureCache
 # What says that there is something to go on with goes first: the rest is of no use without it.
 _UNFINISHED_FILES = ("training_state.zip", "best.keras", "best.keras.json")
 # What the split is drawn by, of which the fingerprint of the images tells too.
@@ -68,7 +70,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--output: {str(self.path)!r} is a file. Give a folder")
         if not (self / RECORD).is_file():
-            ours = (*OUTPUTS, *self._unfinished())
+            ours = (*OUTPUTS, *self._unfinished(), FEATURES)
             foreign = [name for name in ours if (self / name).exists()]
             if foreign:
                 raise UsageError(
@@ -93,15 +95,19 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in (*OUTPUTS, RECORD, *self._unfinished()):
                 files.remove_leftovers(self / name)
+            if not resume:
+                self._remove_features()
             if not (resume and self.is_unfinished()):
                 # What an earlier run could be taken for ended or unfinished by goes first, its record
-                # last: killed in between, nothing of it is ever taken for the new run's.
+                # last: killed in between, nothing of it is ever taken for the new run's. (Features
+                # are: they are known by what they were computed of.)
                 self.remove("metrics.json", *self._unfinished(), *OUTPUTS)
                 self.write_json(RECORD, {"keras_xfer": __version__, **record})
             yield
         except BaseException:
             if not (self.is_unfinished() or (self / "history.csv").exists()):
                 self.remove(*OUTPUTS, *self._unfinished(), RECORD)
+                self._remove_features()
                 made.insert(0, self / UNFINISHED)
                 _remove_empty(made)
             raise
@@ -110,6 +116,7 @@ class RunFolder:
     def remove_unfinished(self) -> None:
         """Remove what is kept to go on with a run: it has ended."""
         self.remove(*self._unfinished())
+        self._remove_features()
         _remove_empty([self / UNFINISHED])
 
     def is_unfinished(self) -> bool:
@@ -142,6 +149,10 @@ class RunFolder:
                 f"{'; '.join(different)}. Give the options of that run, choose another --output, "
                 "or leave out --resume to begin anew in its place"
             )
+
+    def _remove_features(self) -> None:
+        if (self / FEATURES).exists():
+            shutil.rmtree(self / FEATURES)
 
     @staticmethod
     def _unfinished() -> list[str]:
@@ -186,6 +197,44 @@ class RunFolder:
                 f"--output: cannot write in {str(parent)!r}. Make it writable, or choose another "
                 "folder"
             )
+
+
+def check_cache(
+    path: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+) -> None:
+    """Refuse a place for a cache where it would be taken for something else.
+
+    Args:
+        path: Path of its folder, which need not exist.
+        images: Path of the folder of images.
+        output: Path of the run's folder.
+
+    Raises:
+        UsageError: It is a file, or lies in the folder of images, or would hold the run's folder.
+
+    Example:
+    >>> check_cache("runs/photos", images="photos", output="runs/photos")
+    Traceback (most recent call last):
+        ...
+    keras_xfer.commands.recipe.UsageError: --cache: 'runs/photos' holds --output, which `keras-xfer \
+cache clear` would remove. Choose a folder of its own
+    """
+    folder = Path(path).resolve()
+    if folder.is_relative_to(Path(images).resolve()):
+        raise UsageError(
+            f"--cache: {str(path)!r} lies in the folder of images, where it would be taken for a "
+            "class. Choose a folder outside"
+        )
+    if Path(output).resolve().is_relative_to(folder):
+        raise UsageError(
+            f"--cache: {str(path)!r} holds --output, which `keras-xfer cache clear` would remove. "
+            "Choose a folder of its own"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--cache: {str(path)!r} is a file. Give a folder")
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A folder of images becomes a fine-tuned classifier: one `model.fit`, and what it leaves."""
+"""A folder of images becomes a fine-tuned classifier: one training, and what it leaves."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,9 @@ from keras_xfer.callbacks.best_checkpoint import BestCheckpoint
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.commands import hub_backbone
+from keras_xfer.commands.caching import FeatureSeconds, RunCache
 from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
+from keras_xfer.features import fit_staged
 from keras_xfer.images import ImageDataset, ImageFolder, class_weights
 from keras_xfer.layers import Backbone
 from keras_xfer.stages import Stage, planning, stages_from_yaml
@@ -50,11 +52,15 @@ class Fitted:
         rows: One dict an epoch: `epoch` (from 0) and every log.
         best_epoch: Int from 0, the epoch whose weights the model has.
         stopped_by_nan: Bool, whether the loss became NaN after that epoch.
+        cached: None, or for each stage what of it was cached and why.
+        feature_seconds: Float, the time that computing features took, beside that of the epochs.
     """
 
     rows: list[Row]
     best_epoch: int
     stopped_by_nan: bool
+    cached: list[str] | None = None
+    feature_seconds: float = 0.0
 
     def best_accuracy(self, stage: int | None = None) -> float | None:
         """Return the best validation accuracy, of one stage or of all; None without epochs."""
@@ -257,8 +263,9 @@ def fit(
     *,
     on_epoch: Callable[[list[Row]], None] | None = None,
     callbacks: list[keras.callbacks.Callback] | None = None,
+    cache: RunCache | None = None,
 ) -> Fitted:
-    """Train the classifier on a folder's images by the recipe's schedule, in one `model.fit`.
+    """Train the classifier on a folder's images by the recipe's schedule.
 
     Args:
         classifier: A `Classifier`, whose layers get the weights of the best epoch.
@@ -267,6 +274,8 @@ def fit(
         checkpoint: A `BestCheckpoint` that restores the best weights.
         on_epoch: `None`, or a function that is called after each epoch with the rows so far.
         callbacks: Further callbacks.
+        cache: `None`, or where to keep what the frozen layers of each stage give for an image: the
+            epochs then train what is above them alone, to the same end.
 
     Returns:
         A `Fitted`.
@@ -290,25 +299,35 @@ def fit(
         _shorten_batch_norm_memory(classifier.backbone.model, steps_per_epoch=len(train))
     rows = _Rows(on_epoch)
     compile_for_training(model, recipe.learning_rate)
-    model.fit(
-        train,
-        validation_data=dataset(classifier, folder, "validation", recipe.batch_size),
-        epochs=epochs_of(recipe, planned),
-        class_weight=weights,
-        callbacks=[
-            # The order of an epoch depends on its number alone, also after a run was cut off.
-            keras.callbacks.LambdaCallback(
-                on_epoch_begin=lambda epoch, logs: setattr(train, "epoch", epoch)  # noqa: ARG005
-            ),
-            EpochTiming(),
-            StagedUnfreezing(planned, backbone=classifier.backbone),
-            keras.callbacks.TerminateOnNaN(),
-            checkpoint,
-            rows,
-            *(callbacks or []),
-        ],
-        verbose=0,
+    staged = StagedUnfreezing(planned, backbone=classifier.backbone)
+    # The order of an epoch depends on its number alone, also after a run was cut off.
+    in_order = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: setattr(train, "epoch", epoch)  # noqa: ARG005
     )
+    common: dict[str, Any] = {
+        "validation_data": dataset(classifier, folder, "validation", recipe.batch_size),
+        "epochs": epochs_of(recipe, planned),
+        "class_weight": weights,
+        "verbose": 0,
+    }
+    others = [in_order, keras.callbacks.TerminateOnNaN(), checkpoint, rows, *(callbacks or [])]
+    told = None
+    if cache is None:
+        # Keras would shuffle the batches once more, otherwise than those of features.
+        common["shuffle"] = False
+        model.fit(train, callbacks=[EpochTiming(), staged, *others], **common)
+    else:
+        history = fit_staged(
+            model,
+            train,
+            stages=staged,
+            cache=cache,
+            views=recipe.views or 1,
+            seed=recipe.seed,
+            callbacks=[EpochTiming(), *others, FeatureSeconds(cache)],
+            **common,
+        )
+        told = [str(boundary).partition(": ")[2] for boundary in history.boundaries]
     best = checkpoint.best_epoch
     # The accuracy, by which the best is chosen, is a number even where the loss is none.
     if best is None or not all(math.isfinite(rows.rows[best][k]) for k in ("loss", "val_loss")):
@@ -316,7 +335,13 @@ def fit(
             f"The loss became NaN in epoch {len(rows.rows)}. Lower --learning-rate, which was "
             f"{recipe.learning_rate:g}"
         )
-    return Fitted(rows.rows, best, not math.isfinite(rows.rows[-1]["loss"]))
+    return Fitted(
+        rows.rows,
+        best,
+        stopped_by_nan=not math.isfinite(rows.rows[-1]["loss"]),
+        cached=told,
+        feature_seconds=0.0 if cache is None else cache.seconds,
+    )
 
 
 def dataset(
