@@ -53,7 +53,7 @@ class CachedFeatures(keras.utils.PyDataset):
     Example:
 
     >>> import tempfile
-    >>> from keras_xfer.features.cache import FeatureCache
+    >>> from keras_xfer.features import FeatureCache
     >>> extractor = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> x, y = np.ones((5, 3), "float32"), np.arange(5)
     >>> data = FeatureCache(tempfile.mkdtemp()).features(extractor, (x, y), batch_size=2)
@@ -147,7 +147,7 @@ class CachedFeatures(keras.utils.PyDataset):
         Example:
 
         >>> import tempfile
-        >>> from keras_xfer.features.cache import FeatureCache
+        >>> from keras_xfer.features import FeatureCache
         >>> extractor = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
         >>> data = FeatureCache(tempfile.mkdtemp()).features(extractor, np.ones((5, 3)))
         >>> int(data.as_tf_dataset().cardinality())
@@ -180,7 +180,7 @@ class CachedFeatures(keras.utils.PyDataset):
         Example:
 
         >>> import tempfile
-        >>> from keras_xfer.features.cache import FeatureCache
+        >>> from keras_xfer.features import FeatureCache
         >>> extractor = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
         >>> data = FeatureCache(tempfile.mkdtemp()).features(extractor, np.ones((5, 3)))
         >>> len(data), len(data.arranged(batch_size=2))

@@ -169,3 +169,34 @@ def test_tensors_of_torch_on_whatever_backend():
     values = torch.arange(6, dtype=torch.bfloat16, requires_grad=True)
     x, y = read(source_of((values, torch.arange(6))))
     assert x.tolist() == y.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_images_are_known_by_their_files_or_by_their_content(tmp_path):
+    from PIL import Image
+
+    from keras_xfer.images import ImageDataset, Sample
+
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / folder / f"{i}.png")
+
+    def dataset(folder="one", labels=(0, 1, 2), size=8, **kwargs):
+        samples = [Sample(tmp_path / folder / f"{i}.png", label) for i, label in enumerate(labels)]
+        return ImageDataset(samples, size, **kwargs)
+
+    shuffled = dataset(shuffle=True, seed=4, batch_size=2)
+    shuffled.epoch = 3
+    assert shuffled.fingerprint() == dataset().fingerprint()
+    others = [
+        dataset("other"), dataset(labels=(0, 1, 1)), dataset(size=9), dataset(resize="pad"),
+        dataset(labels=(0, 1)),
+    ]  # fmt: skip
+    assert len({each.fingerprint() for each in [shuffled, *others]}) == 6
+    assert dataset().fingerprint(content=True) == dataset("other").fingerprint(content=True)
+    ordered = shuffled.in_order()
+    assert ordered.order.tolist() == [0, 1, 2]
+    assert shuffled.order.tolist() == np.random.default_rng([4, 3]).permutation(3).tolist()
+    before = dataset().fingerprint(content=True)
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "one" / "1.png")
+    assert dataset().fingerprint(content=True) != before
