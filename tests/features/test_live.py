@@ -103,8 +103,9 @@ def test_batch_normalization_moves_while_it_is_trainable():
     assert names(live_layers(model)) == ["bn_below"]
     bn.trainable = False
     assert live_layers(model) == []
-    bn.trainable = True
-    Backbone(keras.Sequential([keras.Input((6,)), bn]))  # holds its statistics, wherever it is
+    inside = keras.Sequential([keras.Input((6,)), bn])
+    Backbone(inside, batch_norm="affine", trainable=True)  # holds the statistics, wherever it is
+    assert bn.trainable
     assert live_layers(model) == []
 
 
@@ -207,7 +208,20 @@ def test_features_without_augmentation_are_those_of_predict():
         np.testing.assert_allclose(to_numpy(actual), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_augmentation_acts_anew_each_time_and_nothing_else_does():
+class Holder(layers.Layer):
+    """Features in the `call` of a layer, in which one word of training reaches all that follows."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.built = True
+
+    def call(self, inputs):
+        return live.call(self.model, inputs, augment=True)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_augmentation_acts_anew_each_time_and_nothing_else_does(held):
     """What comes out is the model in inference mode on augmented rows, which undo themselves."""
     model = with_backbone(
         keras.Sequential([layers.Rescaling(2.0), keras.Sequential([Wobble(name="wobble")])]),
@@ -215,7 +229,8 @@ def test_augmentation_acts_anew_each_time_and_nothing_else_does():
     )
     dense = model.layers[1].model.layers[0]
     kernel, bias = (to_numpy(weight).astype("float64") for weight in dense.weights)
-    features = [to_numpy(live.call(model, ROWS, augment=True)) for _ in range(3)]
+    augmented = Holder(model) if held else lambda rows: live.call(model, rows, augment=True)
+    features = [to_numpy(augmented(ROWS)) for _ in range(3)]
     noise = []
     for each in features:
         # were dropout to act, half of what comes back would be nonsense
@@ -292,7 +307,8 @@ def test_still_never_acts():
     model = augmenting_model()
     still = Still(model)
     expected = model.predict(ROWS, verbose=0)
-    for given in (still(ROWS), still(ROWS, training=True), live.call(still, ROWS, augment=True)):
+    around = keras.Sequential([keras.Input((6,)), still])
+    for given in (still(ROWS), around(ROWS, training=True), live.call(still, ROWS, augment=True)):
         np.testing.assert_allclose(to_numpy(given), expected, rtol=1e-5, atol=1e-6)
     assert live_layers(model) != []
     assert live_layers(still) == random_layers(still) == []
