@@ -1,16 +1,15 @@
 """`CachedFeatures`: features that were computed once, as batches for `fit`, on every backend."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import keras
 import numpy as np
 
 from keras_xfer.features.entry import Columns
 from keras_xfer.features.manifest import Manifest
 from keras_xfer.features.nesting import pack
+from keras_xfer.features.order import Ordered
 from keras_xfer.features.store import Hold
 
 
@@ -23,7 +22,7 @@ class OpenEntry(NamedTuple):
     hold: Hold
 
 
-class CachedFeatures(keras.utils.PyDataset):
+class CachedFeatures(Ordered):
     """Features that `FeatureCache.features` gives, as batches of `(features, *rest)`.
 
     A `keras.utils.PyDataset`, so it serves every backend; on TensorFlow `as_tf_dataset()` gives the
@@ -73,57 +72,25 @@ class CachedFeatures(keras.utils.PyDataset):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if batch_size < 1 or seed < 0:
-            raise ValueError(
-                "Expected `batch_size` of at least 1 and `seed` of at least 0. "
-                f"Received: batch_size={batch_size}, seed={seed}"
-            )
+        rows = entry.manifest.rows or 0
+        super().__init__(rows, batch_size, shuffle=shuffle, seed=seed, **kwargs)
         self._entry = entry
-        self.num_samples = entry.manifest.rows or 0
         self.views = entry.manifest.views
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose order and view are in force, counted from 0."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        if self.shuffle:
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-        else:
-            self.order = np.arange(self.num_samples)
-
-    def on_epoch_end(self) -> None:
-        """Draw the next epoch's order, and go on to the next view."""
-        self.epoch += 1
-
-    def __len__(self) -> int:
-        return math.ceil(self.num_samples / self.batch_size)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Expected a batch in [0, {len(self)}). Received: index={index}")
-        return self._batch(index, self.order, self.epoch)
+        return self._batch(self.rows(index), self.epoch)
 
     def one_pass(self) -> Iterator[tuple[Any, ...]]:
         """All batches of an epoch, in the order that is in force when the first is asked for; with
         the last one the next epoch begins."""
         order, epoch = self.order, self.epoch
         for index in range(len(self)):
-            batch = self._batch(index, order, epoch)
+            batch = self._batch(self.rows(index, order), epoch)
             if index == len(self) - 1:  # whoever knows the length asks for no more
                 self.on_epoch_end()
             yield batch
 
-    def _batch(self, index: int, order: np.ndarray, epoch: int) -> tuple[Any, ...]:
-        rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+    def _batch(self, rows: np.ndarray, epoch: int) -> tuple[Any, ...]:
         manifest, columns = self._entry.manifest, self._entry.columns
         view = columns.views[epoch % self.views]
         features = pack(manifest.features, [column.take(rows) for column in view])

@@ -46,6 +46,21 @@ def describe(structure: Any) -> Any:
     return LEAF
 
 
+def tuples(structure: Any) -> Any:
+    """`structure` with tuples in place of lists, which tf.data takes for tensors.
+
+    Example:
+
+    >>> tuples({"a": [1, [2]]})
+    {'a': (1, (2,))}
+    """
+    if isinstance(structure, Mapping):
+        return {key: tuples(part) for key, part in structure.items()}
+    if isinstance(structure, list | tuple):
+        return tuple(tuples(part) for part in structure)
+    return structure
+
+
 def pack(description: Any, leaves: Sequence[Any]) -> Any:
     """The structure that `describe` described, of other leaves.
 

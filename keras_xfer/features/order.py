@@ -60,8 +60,9 @@ class Ordered(keras.utils.PyDataset):
     def __len__(self) -> int:
         return math.ceil(self.num_samples / self.batch_size)
 
-    def rows(self, index: int) -> np.ndarray:
-        """The rows of a batch."""
+    def rows(self, index: int, order: np.ndarray | None = None) -> np.ndarray:
+        """The rows of a batch, in the order in force or in another."""
         if not 0 <= index < len(self):
             raise IndexError(f"Expected a batch in [0, {len(self)}). Received: index={index}")
-        return self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        order = self.order if order is None else order
+        return order[index * self.batch_size : (index + 1) * self.batch_size]

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_xfer.features.entry import Column, Columns
 from keras_xfer.features.manifest import Manifest
-from keras_xfer.features.nesting import pack
+from keras_xfer.features.nesting import pack, tuples
 
 if TYPE_CHECKING:
     from keras_xfer.features.dataset import CachedFeatures
@@ -51,7 +51,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns)
         def __iter__(self) -> Iterator[Any]:
             if tf.executing_eagerly():
                 batches = features.one_pass()
-                return (tf.nest.map_structure(tensor, batch) for batch in batches)
+                return (tf.nest.map_structure(tensor, tuples(batch)) for batch in batches)
             return super().__iter__()
 
     return Batches(_pipeline(features, manifest, columns, tf))
@@ -78,7 +78,8 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, columns: Columns, 
         ]
         of_view = by_view[0]() if len(by_view) == 1 else tf.switch_case(view, by_view)
         found = pack(manifest.features, of_view)
-        return (found, *pack(manifest.rest, [gather(chosen) for gather in rest_gathers]))
+        rest = pack(manifest.rest, [gather(chosen) for gather in rest_gathers])
+        return tuples((found, *rest))
 
     def last_batch(index: Any, order: Any, view: Any) -> Any:
         found = batch(index, order, view)

@@ -6,7 +6,6 @@ from typing import Any
 import keras
 
 from keras_xfer.features.cache import FeatureCache
-from keras_xfer.features.dataset import CachedFeatures
 from keras_xfer.features.live import Still
 from keras_xfer.features.nesting import describe, flatten, pack
 from keras_xfer.features.order import Ordered
@@ -139,7 +138,7 @@ class TrainingData:
     def _feeding(
         self, ordered: Any, train: Any, validation: Any, *, shuffle: bool
     ) -> dict[str, Any]:
-        self.clock.data = ordered if isinstance(ordered, Ordered | CachedFeatures) else None
+        self.clock.data = ordered if isinstance(ordered, Ordered) else None
         self._fed = train
         arguments = {**self._arguments, "shuffle": shuffle, "initial_epoch": self.initial_epoch}
         if _is_arrays(validation):  # datasets come in batches
@@ -166,7 +165,7 @@ class Clock(keras.callbacks.Callback):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.data: Ordered | CachedFeatures | None = None
+        self.data: Ordered | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002  # Keras's signature
         """Set the epoch."""
