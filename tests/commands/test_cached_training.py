@@ -77,7 +77,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cached(arguments, cache, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "cached"
-    assert main([*arguments, *WITHOUT, "--cache", str(cache), "--output", str(run)]) == 0
+    assert train([*arguments, *WITHOUT, "--cache", str(cache), "--output", str(run)]) == 0
     return run
 
 
@@ -120,7 +120,6 @@ def test_metrics_say_where_each_stage_was_cut(cached, uncached):
     epochs = sum(float(row["epoch_seconds"]) for row in read(cached / "history.csv"))
     assert metrics["feature_seconds"] > 0
     assert metrics["training_seconds"] == pytest.approx(epochs + metrics["feature_seconds"])
-    assert "conv_pw_12" in (cached / "report.html").read_text("utf-8")
     assert all("cached" not in stage for stage in stages_of(uncached).values())
 
 
