@@ -3,7 +3,9 @@
 A pass over it from Python, which is what `fit` does, gathers its batches in Python: to set up the
 functions of a tf.data pipeline takes longer than an epoch of a head on some hundred rows. Where
 it is part of another pipeline, TensorFlow gathers them of tensors, and Python is asked twice in a
-pass: for its order at the beginning, and told of its end with the last batch.
+pass: for its order at the beginning, and told of its end with the last batch. So it is too where
+the last batch is smaller: `fit` traces its step for every shape that comes from Python, and weighs
+the losses of several outputs otherwise then, while an iterator of TensorFlow's leaves the shape open.
 """
 
 from collections.abc import Iterator
@@ -49,7 +51,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns)
             return self._dataset.element_spec
 
         def __iter__(self) -> Iterator[Any]:
-            if tf.executing_eagerly():
+            if tf.executing_eagerly() and not features.num_samples % features.batch_size:
                 batches = features.one_pass()
                 return (tf.nest.map_structure(tensor, tuples(batch)) for batch in batches)
             return super().__iter__()
