@@ -46,7 +46,8 @@ class Boundary:
     suffix: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        where = "uncached" if self.at is None else f"cached at {self.at}"
+        at = "at the head" if self.at == "head" else self.at
+        where = "uncached" if at is None else f"cached {at}"
         return f"stage {self.stage + 1}: {where}, {self.reason}"
 
 
@@ -126,6 +127,16 @@ def _choose_one(
         return uncached("boundary='never'")
     if mode == "auto" and epochs < 2:
         return uncached("it lasts a single epoch, which would use each feature once")
+    if place.position and freezing.graph_of(backbone.model) is None:
+        reason = (
+            f"the model inside {backbone.name!r}, {backbone.model.name!r}, runs code of its own and "
+            "has no graph to cut"
+        )
+        if mode == "always":
+            raise ValueError(
+                f"Expected stages that can be cut. Received: stage {place.index + 1}: {reason}."
+            )
+        return uncached(reason)
     candidates = _candidates(model, backbone, place.position)
     if not candidates:
         return uncached("nothing of the backbone is frozen")
@@ -165,9 +176,8 @@ def _epochs_at(planned: Sequence[PlannedStage], epochs: int) -> dict[int | None,
     found: dict[int | None, int] = {}
     for place in planned:
         begin = place.first_epoch
-        lasts = place.stage.epochs
-        if lasts is None:
-            lasts = max(0, epochs - (begin or 0))
+        left = max(0, epochs - (begin or 0))
+        lasts = left if place.stage.epochs is None else min(place.stage.epochs, left)
         found[place.position] = found.get(place.position, 0) + lasts
     return found
 
@@ -269,7 +279,7 @@ def _itemsize(dtype: Any) -> int:
 
 def _readable(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
+        if size < 1000:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"

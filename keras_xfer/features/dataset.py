@@ -78,32 +78,39 @@ class CachedFeatures(Ordered):
         self.views = entry.manifest.views
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self._batch(self.rows(index), self.epoch)
+        return self.batch_of(self.rows(index), self.epoch)
 
     def one_pass(self) -> Iterator[tuple[Any, ...]]:
         """All batches of an epoch, in the order that is in force when the first is asked for; with
         the last one the next epoch begins."""
         order, epoch = self.order, self.epoch
         for index in range(len(self)):
-            batch = self._batch(self.rows(index, order), epoch)
+            batch = self.batch_of(self.rows(index, order), epoch)
             if index == len(self) - 1:  # whoever knows the length asks for no more
                 self.on_epoch_end()
             yield batch
 
-    def _batch(self, rows: np.ndarray, epoch: int) -> tuple[Any, ...]:
+    def batch_of(self, rows: np.ndarray, epoch: int) -> tuple[Any, ...]:
+        """Some rows, of the view that is served in `epoch`."""
         manifest, columns = self._entry.manifest, self._entry.columns
         view = columns.views[epoch % self.views]
         features = pack(manifest.features, [column.take(rows) for column in view])
         rest = pack(manifest.rest, [column.take(rows) for column in columns.rest])
         return (features, *rest)
 
-    def as_tf_dataset(self) -> Any:
+    def as_tf_dataset(self, *, one_trace: bool = False) -> Any:
         """The same batches in the same order as a native `tf.data.Dataset`, which TensorFlow trains
         on faster.
 
         Order and view are those of `epoch` when a pass begins. A pass that has given its last
         batch advances `epoch`, as `on_epoch_end` does; one that is left before that, such as the
         look that `fit` takes at the first batch, does not.
+
+        Args:
+            one_trace: bool, whether TensorFlow gathers the batches, which then leave their number
+                of rows open: `fit` traces a step once, also where the last batch is smaller, and
+                every pass begins some milliseconds later. For steps that take long to trace.
+                Defaults to `False`.
 
         Returns:
             tf.data.Dataset of known cardinality.
@@ -125,7 +132,7 @@ class CachedFeatures(Ordered):
         """
         from keras_xfer.features.tf_dataset import tf_dataset
 
-        return tf_dataset(self, self._entry.manifest, self._entry.columns)
+        return tf_dataset(self, self._entry.manifest, one_trace=one_trace)
 
     def arranged(
         self,

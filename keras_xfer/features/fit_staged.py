@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -77,8 +76,9 @@ def fit_staged(
         views: int, how many augmented passes of each image to keep where random layers come before
             the backbone; epoch e trains on pass `e % views`. Defaults to 1: an augmenting model
             trains its images anew in every epoch, uncached.
-        seed: int, of the order of the rows in each epoch; None: drawn from Python's generator,
-            which `keras.utils.set_random_seed` sets.
+        seed: int, of the order of the rows in each epoch; None: that of the data if they have one
+            (`keras_xfer.images.ImageDataset`), else drawn from Python's generator, which
+            `keras.utils.set_random_seed` sets.
         key: str, names the data of `x` where its content cannot or need not be read to know it
             again, see `FeatureCache.features`. Defaults to `None`.
         verbose: as of `Model.fit`; where it is not 0, each stage's boundary is printed.
@@ -130,8 +130,6 @@ def fit_staged(
     backbone: Any = freezing.find_backbone(model, schedule.backbone)
     planned = planning.resolve(schedule.stages_for(model), backbone)
     epochs = _all_epochs(planned, epochs)
-    if seed is None:
-        seed = random.randrange(2**31)  # noqa: S311  # an order, no secret
     data = TrainingData(
         x, y, validation_data, fit_kwargs, views=views, seed=seed, key=key, verbose=verbose
     )
@@ -200,6 +198,7 @@ class _Run:
             epochs=self.epochs,
             verbose=self.verbose,
             steps=self.data.steps(),
+            boundaries=list(boundaries),
         )
         with fitting(model, validation_data=self.data.validation):
             model.stop_training = False
@@ -224,7 +223,11 @@ class _Run:
         if boundary.at is None:
             fed, forward = self.data.plain(), self.model
         else:
-            fed, forward = self.data.cached(cache, boundary.prefix), boundary.suffix
+            # The step of a head is soon traced. With several outputs Keras weighs the loss that it
+            # logs of each by the size of the batch, where that is fixed (TensorFlow).
+            one_trace = boundary.at != "head" or len(self.model.outputs) > 1
+            fed = self.data.cached(cache, boundary.prefix, one_trace=one_trace)
+            forward = boundary.suffix
         with distribution_scope(self.model):
             stand_in = StandIn(self.model, forward)
         together.stage(stand_in, boundary.stage, self.data.steps())

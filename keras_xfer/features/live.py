@@ -89,11 +89,17 @@ def _outside_of_backbones(layer: keras.Layer) -> list[keras.Layer]:
 
 
 def _is_random(layer: keras.Layer) -> bool:
+    if _is_recurrent(layer) and not (layer.dropout or layer.recurrent_dropout):
+        return False  # it has a generator and never draws
     return any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
 
 
 def _regularizes(layer: keras.Layer) -> bool:
-    return isinstance(layer, _REGULARIZERS)
+    return isinstance(layer, _REGULARIZERS) or _is_recurrent(layer)
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return hasattr(layer, "dropout") and hasattr(layer, "recurrent_dropout")
 
 
 def _moves(layer: keras.Layer) -> bool:

@@ -102,16 +102,23 @@ def split_between(
     try:
         halves = _halves(freezing.graph_of(model), chosen, model.name)
     except _NoCutError as error:
-        inside = model if body is None else body.model
-        names = [repr(block.name) for block in blocks(inside)[1:]]
-        if body is not None:
-            names.insert(0, "'head'")
-        nearest = difflib.get_close_matches(repr(at), names, n=3, cutoff=0.0)
+        nearest = difflib.get_close_matches(repr(at), _offered(model, body, at), n=3, cutoff=0.0)
         raise ValueError(
             f"Expected a place where model {model.name!r} can be cut. Received: at={at!r}: {error}. "
             f"The nearest cuts: {', '.join(nearest) or 'none'}."
         ) from None
     return halves.below, halves.above
+
+
+def _offered(model: keras.Model, body: Backbone | None, at: Start) -> list[str]:
+    """What `at` may be instead: the head, blocks, or layers where there is one block."""
+    inside = model if body is None else body.model
+    names = ["head"] if body is not None else []
+    if freezing.graph_of(inside) is not None:
+        names += [block.name for block in blocks(inside)[1:]] or [
+            unit.name for unit in freezing.units(inside)[1:] if unit.weights
+        ]
+    return [repr(name) for name in names if name != at]
 
 
 # They hold nothing that trains and make what is kept much smaller.
@@ -157,7 +164,12 @@ def _halves(graph: Any, chosen: _Choice, name: str) -> _Halves:
     if not any(side != "above" for side in sides.values()):
         raise _NoCutError("nothing is below the cut")
 
-    inputs = keras.tree.map_structure(lambda each: _input_like(each, name=each.name), graph.input)
+    optional = {
+        id(spec): getattr(node.layer, "optional", False) for node in nodes for spec in node.specs
+    }
+    inputs = keras.tree.map_structure(
+        lambda each: _input_like(each, name=each.name, optional=optional[id(each)]), graph.input
+    )
     number = {
         id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
     }
@@ -173,7 +185,7 @@ def _halves(graph: Any, chosen: _Choice, name: str) -> _Halves:
     above_nodes = [nodes[i] for i, side in sides.items() if side == "above"]
     crossing = _crossing(above_nodes, below, outputs)
     tensors = [below[i] for i in crossing] + [each for i in inner for each in inner[i]]
-    _check_masks(tensors)
+    _check_masks([(nodes, i, below[i]) for i in crossing])
     prefix = keras.Model(inputs, _one_or_list(tensors), name=f"{name}_prefix")
 
     begins = [_input_like(tensor) for tensor in tensors]
@@ -194,11 +206,17 @@ def _sides(nodes: Sequence[Node], chosen: _Choice) -> dict[int, Any]:
     """Which calls are "below", which "above", and which in two; the inputs left out."""
     leads = _leads_to_body(nodes, chosen.body)
     sides: dict[int, Any] = {}
+    made: dict[int, Any] = {}  # a layer that is called twice is cut once
     after: set[int] = set()  # tensors that are above
     for i, node in enumerate(nodes):
         if not node.inputs:
             continue
-        side = "above" if after.intersection(node.inputs) else _side(node.layer, chosen, i in leads)
+        if after.intersection(node.inputs):
+            side: Any = "above"
+        else:
+            if id(node.layer) not in made:
+                made[id(node.layer)] = _side(node.layer, chosen, i in leads)
+            side = made[id(node.layer)]
         sides[i] = side
         if side != "below":
             after.update(node.outputs)
@@ -219,7 +237,11 @@ def _side(layer: Any, chosen: _Choice, leads: bool) -> Any:
     if layer is body:
         return "below" if units is None else _backbone_halves(body, units)
     if not leads:
-        return "below" if through_pooling and isinstance(layer, _POOLING) else "above"
+        if not through_pooling:
+            return "above"
+        if freezing.graph_of(layer) is not None:
+            return _cut_inside(layer, chosen)
+        return "below" if isinstance(layer, _POOLING) else "above"
     if not any(each is body for each in inside):
         return "below"
     if freezing.graph_of(layer) is None:
@@ -321,9 +343,13 @@ def _given(node: Node, values: dict[int, Any], half: Any) -> list[Any]:
     return given
 
 
-def _input_like(tensor: Any, name: str | None = None) -> Any:
+def _input_like(tensor: Any, *, name: str | None = None, optional: bool = False) -> Any:
     return keras.Input(
-        batch_shape=tensor.shape, dtype=tensor.dtype, sparse=tensor.sparse, name=name
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        name=name,
+        optional=optional,
     )
 
 
@@ -331,7 +357,11 @@ def _one_or_list(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _check_masks(tensors: Iterable[Any]) -> None:
-    for tensor in tensors:
+def _check_masks(crossing: Iterable[tuple[Sequence[Node], int, Any]]) -> None:
+    for nodes, i, tensor in crossing:
         if getattr(tensor, "_keras_mask", None) is not None:
-            raise _NoCutError("a mask would have to cross, which does not travel with features")
+            layer = next(node.layer for node in nodes if i in node.outputs)
+            raise _NoCutError(
+                f"the mask that layer {layer.name!r} ({type(layer).__name__}) hands on would have to "
+                "cross, and does not travel with features"
+            )

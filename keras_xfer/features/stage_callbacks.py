@@ -29,6 +29,7 @@ class StageCallbacks(keras.callbacks.CallbackList):
         epochs: int,
         verbose: Any,
         steps: int | None,
+        boundaries: list[Any],
     ) -> None:
         super().__init__(
             list(callbacks),
@@ -38,6 +39,7 @@ class StageCallbacks(keras.callbacks.CallbackList):
             verbose=verbose,
             epochs=epochs,
             steps=steps,
+            boundaries=boundaries,
         )
         self.next_epoch = 0
         self.stage_is_over = False

@@ -2,20 +2,18 @@
 
 A pass over it from Python, which is what `fit` does, gathers its batches in Python: to set up the
 functions of a tf.data pipeline takes longer than an epoch of a head on some hundred rows. Where
-it is part of another pipeline, TensorFlow gathers them of tensors, and Python is asked twice in a
-pass: for its order at the beginning, and told of its end with the last batch. So it is too where
-the last batch is smaller: `fit` traces its step for every shape that comes from Python, and weighs
-the losses of several outputs otherwise then, while an iterator of TensorFlow's leaves the shape open.
+it is part of another pipeline, TensorFlow asks Python for the order at the beginning of a pass, and
+for each batch.
 """
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_xfer.features.entry import Column, Columns
 from keras_xfer.features.manifest import Manifest
-from keras_xfer.features.nesting import pack, tuples
+from keras_xfer.features.nesting import describe, flatten, pack, tuples
 
 if TYPE_CHECKING:
     from keras_xfer.features.dataset import CachedFeatures
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 _AHEAD = 8  # batches
 
 
-def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns) -> Any:
+def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: bool) -> Any:
     """The batches of `features` in their order; see `CachedFeatures.as_tf_dataset`."""
     try:
         import tensorflow as tf
@@ -41,6 +39,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns)
 
         def __init__(self, dataset: Any) -> None:
             self._dataset = dataset
+            self._features = features  # which the pipeline itself does not keep
             super().__init__(tf.data.experimental.to_variant(dataset))
 
         def _inputs(self) -> list[Any]:
@@ -51,54 +50,52 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, columns: Columns)
             return self._dataset.element_spec
 
         def __iter__(self) -> Iterator[Any]:
-            if tf.executing_eagerly() and not features.num_samples % features.batch_size:
+            if tf.executing_eagerly() and not one_trace:
                 batches = features.one_pass()
                 return (tf.nest.map_structure(tensor, tuples(batch)) for batch in batches)
             return super().__iter__()
 
-    return Batches(_pipeline(features, manifest, columns, tf))
+    return Batches(_pipeline(features, manifest, tf))
 
 
-def _pipeline(features: "CachedFeatures", manifest: Manifest, columns: Columns, tf: Any) -> Any:
-    """The batches of `features`, gathered by TensorFlow."""
+def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
+    """The batches of `features`, asked of Python by TensorFlow."""
     rows, batch_size, batches = features.num_samples, features.batch_size, len(features)
-    gathers = [_gather(column, tf) for view in columns.views for column in view]
-    rest_gathers = [_gather(column, tf) for column in columns.rest]
-    leaves = len(manifest.feature_leaves)
+    leaves = [*manifest.feature_leaves, *manifest.rest_leaves]
+    dtypes = [tf.as_dtype(leaf.dtype) for leaf in leaves]
+    structure = describe(tuples((pack(manifest.features, leaves), *pack(manifest.rest, leaves))))
+    # TensorFlow keeps what is called from a graph for as long as the process lives.
+    reference = weakref.ref(features)
+
+    def alive() -> "CachedFeatures":
+        found = reference()
+        assert found is not None  # noqa: S101  # the dataset holds it
+        return found
 
     def begin(_: Any) -> Any:
-        return features.order.astype(np.int64), np.int64(features.epoch % features.views)
+        return alive().order.astype(np.int64), np.int64(alive().epoch)
 
-    def end() -> None:
-        features.on_epoch_end()
+    def gather(chosen: Any, epoch: Any, is_last: Any) -> Any:
+        batch = flatten(alive().batch_of(chosen, int(epoch)))
+        if is_last:
+            alive().on_epoch_end()
+        return batch
 
-    def batch(index: Any, order: Any, view: Any) -> Any:
-        chosen = order[index * batch_size : tf.minimum((index + 1) * batch_size, rows)]
-        by_view = [
-            lambda i=i: [gather(chosen) for gather in gathers[i * leaves : (i + 1) * leaves]]
-            for i in range(features.views)
-        ]
-        of_view = by_view[0]() if len(by_view) == 1 else tf.switch_case(view, by_view)
-        found = pack(manifest.features, of_view)
-        rest = pack(manifest.rest, [gather(chosen) for gather in rest_gathers])
-        return tuples((found, *rest))
-
-    def last_batch(index: Any, order: Any, view: Any) -> Any:
-        found = batch(index, order, view)
-        with tf.control_dependencies([tf.numpy_function(end, [], [])]):
-            return tf.nest.map_structure(tf.identity, found)
-
-    def one_pass(order: Any, view: Any) -> Any:
+    def one_pass(order: Any, epoch: Any) -> Any:
         order.set_shape([rows])
-        view.set_shape([])
-        view = tf.cast(view, tf.int32)
+
+        def batch(index: Any) -> Any:
+            chosen = order[index * batch_size : tf.minimum((index + 1) * batch_size, rows)]
+            flat = tf.numpy_function(gather, [chosen, epoch, index + 1 >= batches], dtypes)
+            for each, leaf in zip(flat, leaves, strict=True):
+                each.set_shape([None, *leaf.shape])
+            return pack(structure, flat)
+
         ahead = tf.data.Dataset.range(batches - 1).map(
-            lambda index: batch(index, order, view), num_parallel_calls=2, deterministic=True
+            batch, num_parallel_calls=2, deterministic=True
         )
         # The last batch is made when it is asked for, not ahead: only then has the pass ended.
-        last = tf.data.Dataset.range(batches - 1, batches).map(
-            lambda index: last_batch(index, order, view)
-        )
+        last = tf.data.Dataset.range(batches - 1, batches).map(batch)
         return ahead.prefetch(_AHEAD).concatenate(last)
 
     dataset = (
@@ -111,28 +108,3 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, columns: Columns, 
     options.experimental_optimization.inject_prefetch = False  # it would end a pass too early
     options.experimental_optimization.apply_default_optimizations = False  # longer than they save
     return dataset.with_options(options)
-
-
-def _gather(column: Column, tf: Any) -> Any:
-    """A function of row numbers that gives these rows."""
-    leaf = column.leaf
-    dtype = tf.as_dtype(leaf.dtype)
-    if column.in_memory:
-        tensor = tf.constant(column.whole())
-
-        def gather(chosen: Any) -> Any:
-            stored = tf.gather(tensor, chosen)
-            if leaf.stored == leaf.dtype:
-                return stored
-            if leaf.stored.startswith("uint"):
-                return tf.bitcast(stored, dtype)
-            return tf.cast(stored, dtype)
-
-    else:
-
-        def gather(chosen: Any) -> Any:
-            found = tf.numpy_function(column.take, [chosen], dtype, stateful=False)
-            found.set_shape([None, *leaf.shape])
-            return found
-
-    return gather

@@ -1,6 +1,7 @@
 """What `fit_staged` trains on: as it came, or as cached features, one order for both."""
 
 import difflib
+import random
 from typing import Any
 
 import keras
@@ -43,7 +44,7 @@ class TrainingData:
         arguments: dict[str, Any],
         *,
         views: int,
-        seed: int,
+        seed: int | None,
         key: str | None,
         verbose: Any,
     ) -> None:
@@ -78,6 +79,10 @@ class TrainingData:
         self.validation = validation_data
         if split and validation_data is None:
             self._split(split)
+        if seed is None and self._orders_itself():
+            seed = x.seed
+        if seed is None:
+            seed = random.randrange(2**31)  # noqa: S311  # an order, no secret
         self.clock = Clock(seed)
         self._fed: Any = None
         self._num_images: int | None = None
@@ -107,9 +112,15 @@ class TrainingData:
                 self._train, self.batch_size or 32, shuffle=shuffle, seed=self.clock.seed
             )
             shuffle = False  # they are, row by row
+        elif self._orders_itself():
+            train = self._train.in_order()
+            train.shuffle, train.seed = shuffle, self.clock.seed
+            shuffle = False  # Keras would shuffle its batches once more
         return self._feeding(train, train, self.validation, shuffle=shuffle)
 
-    def cached(self, cache: FeatureCache, prefix: keras.Model) -> dict[str, Any]:
+    def cached(
+        self, cache: FeatureCache, prefix: keras.Model, *, one_trace: bool
+    ) -> dict[str, Any]:
         """Arguments of `fit` for what `prefix` makes of the data."""
         train = cache.features(
             prefix,
@@ -131,19 +142,25 @@ class TrainingData:
                     key=self._key and f"{self._key} (validation)",
                     batch_size=self.validation_batch_size or self.batch_size,
                     verbose=self._verbose,
-                )
+                ),
+                one_trace,
             )
-        return self._feeding(train, _readable(train), validation, shuffle=False)
+        return self._feeding(train, _readable(train, one_trace), validation, shuffle=False)
 
     def _feeding(
         self, ordered: Any, train: Any, validation: Any, *, shuffle: bool
     ) -> dict[str, Any]:
-        self.clock.data = ordered if isinstance(ordered, Ordered) else None
+        orders = isinstance(ordered, Ordered) or self._orders_itself()
+        self.clock.data = ordered if orders else None
         self._fed = train
         arguments = {**self._arguments, "shuffle": shuffle, "initial_epoch": self.initial_epoch}
         if _is_arrays(validation):  # datasets come in batches
             arguments["validation_batch_size"] = self.validation_batch_size or self.batch_size
         return {"x": train, "validation_data": validation, **arguments}
+
+    def _orders_itself(self) -> bool:
+        """Whether the data are rows in an order by seed and epoch, as `keras_xfer.images` has them."""
+        return all(hasattr(self._train, name) for name in ("in_order", "seed", "epoch", "shuffle"))
 
     def _split(self, split: float) -> None:
         """As `fit` does it: the last rows, before any order is drawn."""
@@ -165,13 +182,13 @@ class Clock(keras.callbacks.Callback):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.data: Ordered | None = None
+        self.data: Any = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002  # Keras's signature
         """Set the epoch."""
         if self.data is not None:
             self.data.seed = self.seed
-            self.data.epoch = epoch
+            self.data.epoch = epoch  # last: it draws the order
 
     def state_dict(self) -> dict[str, Any]:
         """The seed."""
@@ -197,9 +214,11 @@ class _ArrayBatches(Ordered):
         return pack(self._structure, [leaf[rows] for leaf in self._leaves])
 
 
-def _readable(features: Any) -> Any:
+def _readable(features: Any, one_trace: bool) -> Any:
     """On TensorFlow native tf.data, which is faster."""
-    return features.as_tf_dataset() if keras.backend.backend() == "tensorflow" else features
+    if keras.backend.backend() != "tensorflow":
+        return features
+    return features.as_tf_dataset(one_trace=one_trace)
 
 
 def _is_arrays(data: Any) -> bool:

@@ -497,7 +497,7 @@ def test_it_says_where_each_stage_is_cut_and_why():
     with contextlib.redirect_stdout(said):
         cached(compiled(), LONG, verbose=2, boundary="auto")
     lines = [line for line in said.getvalue().splitlines() if line.startswith("fit_staged, ")]
-    assert lines[0].startswith("fit_staged, stage 1: cached at head, 100% of the forward pass")
+    assert lines[0].startswith("fit_staged, stage 1: cached at the head, 100% of the forward pass")
     assert lines[-1] == (
         "fit_staged, stage 4: uncached, it lasts a single epoch, which would use each feature once"
     )

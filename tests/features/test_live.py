@@ -141,17 +141,12 @@ def test_nothing_in_a_plain_application():
     assert names(live_layers(augmented)) == ["flip"]
 
 
-RECURRENT = pytest.mark.xfail(
-    strict=True, reason="the seed generator of a recurrent cell is taken for augmentation"
-)
-
-
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda: layers.LSTM(3), marks=RECURRENT),
-        pytest.param(lambda: layers.GRU(3), marks=RECURRENT),
-        pytest.param(lambda: layers.SimpleRNN(3), marks=RECURRENT),
+        lambda: layers.LSTM(3),
+        lambda: layers.GRU(3),
+        lambda: layers.SimpleRNN(3),
         lambda: layers.Conv1D(3, 2),
         lambda: layers.LayerNormalization(),
         lambda: layers.Dropout(0.0),
@@ -175,7 +170,7 @@ def test_what_does_the_same_while_training_is_not_live(make):
     [
         lambda x: layers.MultiHeadAttention(2, 2, dropout=0.2)(x, x),
         lambda x: layers.SpatialDropout1D(0.2)(x),
-        pytest.param(lambda x: layers.LSTM(3, dropout=0.2)(x), marks=RECURRENT),
+        lambda x: layers.LSTM(3, dropout=0.2)(x),
     ],
     ids=["MultiHeadAttention", "SpatialDropout1D", "LSTM"],
 )
