@@ -114,7 +114,7 @@ def test_the_same_history_with_and_without_a_cache(cached, uncached):
 
 def test_metrics_say_where_each_stage_was_cut(cached, uncached):
     stages = stages_of(cached)
-    assert stages["head"]["cached"].startswith("cached at head, 100%")
+    assert stages["head"]["cached"].startswith("cached at the head, 100%")
     assert "conv_pw_12" in stages["fine-tuning"]["cached"]
     metrics = json.loads((cached / "metrics.json").read_text())
     epochs = sum(float(row["epoch_seconds"]) for row in read(cached / "history.csv"))
@@ -147,7 +147,7 @@ def test_another_schedule_finds_the_features_of_an_earlier_run(
     assert [row["stage"] for row in rows[len(high) :]] == ["1", "1"]
     np.testing.assert_allclose(float(rows[-1]["backbone_learning_rate"]), 1e-4, rtol=1e-5)
     assert list(stages_of(run)) == ["high", "stage 2"]
-    for words in ("high: cached at head", "stage 2: cached"):
+    for words in ("high: cached at the head", "stage 2: cached"):
         assert f"Cache    {words}" in said
 
 
@@ -214,7 +214,7 @@ def test_what_a_module_of_tensorflow_hub_gives_is_kept(photos, tmp_path):
     run = tmp_path / "run"
     line = ["train", str(photos), "--hub", str(module), "--output", str(run), *WITHOUT]
     assert train([*line, "--epochs", "3", "--head-epochs", "2", "--batch-size", "8"]) == 0
-    assert stages_of(run)["head"]["cached"].startswith("cached at head")
+    assert stages_of(run)["head"]["cached"].startswith("cached at the head")
     assert stages_of(run)["fine-tuning"]["cached"].startswith("uncached")
 
 

@@ -419,9 +419,9 @@ def test_boundaries_explain_themselves():
     model = model_of(stack(WIDTHS))
     found = chosen(model, stage(), stage("d3", epochs=1), stage("d1"))
     assert [str(each) for each in found] == [
-        "stage 1: cached at head, 100% of the forward pass done once, 32 B an image",
+        "stage 1: cached at the head, 100% of the forward pass done once, 32 B an image",
         "stage 2: uncached, it lasts a single epoch, which would use each feature once",
-        "stage 3: cached at before d1, 90% of the forward pass done once, 2 KiB an image",
+        "stage 3: cached before d1, 90% of the forward pass done once, 2 KiB an image",
     ]
 
 
