@@ -554,7 +554,12 @@ def _mendable(error: Exception) -> str | None:
         return f"{error}"
     # By name, so that no framework is loaded to ask.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"ImageFolderError", "ImageReadError", "WeightsUnavailableError"}:
+    if kinds & {
+        "DataChangedError",
+        "ImageFolderError",
+        "ImageReadError",
+        "WeightsUnavailableError",
+    }:
         return " ".join(str(error).split())
     if isinstance(error, OSError):
         return _of_the_system(error)

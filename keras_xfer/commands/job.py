@@ -198,7 +198,7 @@ def fit(
             if backup.next_epoch:
                 screen.line(f"Resumed  after epoch {backup.next_epoch}")
             callbacks.append(backup)
-        fitted = training.fit(
+        return training.fit(
             classifier,
             folder,
             recipe,
@@ -229,9 +229,6 @@ def fit(
             f"{(checkpoint.best_epoch or 0) + 1}, the best so far: model.keras, labels.json, "
             f"history.csv, skipped.csv{goes_on}"
         ) from None
-    for name, told in zip(names, fitted.cached or [], strict=False):
-        screen.line(f"Cache    {name}: {told}")
-    return fitted
 
 
 def save(classifier: Classifier, folder: ImageFolder, run: RunFolder) -> None:

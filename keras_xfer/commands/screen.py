@@ -92,6 +92,11 @@ class EpochLines(keras.callbacks.Callback):
         self._epoch = 0
         self._progress: Progress | None = None
 
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Say where `fit_staged` cuts each stage, and why."""
+        for name, boundary in zip(self._names, self.params.get("boundaries", ()), strict=False):
+            self._screen.line(f"Cache    {name}: {boundary.text}")
+
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Begin a line."""
         self._epoch = epoch

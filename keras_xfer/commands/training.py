@@ -327,7 +327,7 @@ def fit(
             callbacks=[EpochTiming(), *others, FeatureSeconds(cache)],
             **common,
         )
-        told = [str(boundary).partition(": ")[2] for boundary in history.boundaries]
+        told = [boundary.text for boundary in history.boundaries]
     best = checkpoint.best_epoch
     # The accuracy, by which the best is chosen, is a number even where the loss is none.
     if best is None or not all(math.isfinite(rows.rows[best][k]) for k in ("loss", "val_loss")):

@@ -45,10 +45,14 @@ class Boundary:
     prefix: Any = dataclasses.field(default=None, repr=False, compare=False)
     suffix: Any = dataclasses.field(default=None, repr=False, compare=False)
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """Where and why, in words."""
         at = "at the head" if self.at == "head" else self.at
-        where = "uncached" if at is None else f"cached {at}"
-        return f"stage {self.stage + 1}: {where}, {self.reason}"
+        return f"uncached, {self.reason}" if at is None else f"cached {at}, {self.reason}"
+
+    def __str__(self) -> str:
+        return f"stage {self.stage + 1}: {self.text}"
 
 
 @dataclasses.dataclass(frozen=True)

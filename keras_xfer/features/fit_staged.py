@@ -177,11 +177,19 @@ class _Run:
         """All of the schedule in one plain `fit`."""
         for each in boundaries:
             self._say(each)
-        history = self.model.fit(
-            **self.data.plain(),
-            epochs=self.epochs,
-            callbacks=[self.data.clock, *_with(self.schedule, callbacks)],
+        fed = self.data.plain()
+        together = keras.callbacks.CallbackList(
+            [self.data.clock, *_with(self.schedule, callbacks)],
+            add_history=True,
+            add_progbar=self.verbose != 0,
+            model=self.model,
             verbose=self.verbose,
+            epochs=self.epochs,
+            steps=self.data.steps(),
+            boundaries=list(boundaries),
+        )
+        history = self.model.fit(
+            **fed, epochs=self.epochs, callbacks=together, verbose=self.verbose
         )
         history.boundaries = list(boundaries)
         return history

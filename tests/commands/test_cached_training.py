@@ -105,6 +105,20 @@ def stages_of(run):
 # train
 
 
+def test_a_stage_that_is_not_cached_has_the_same_order(arguments, tmp_path):
+    one_epoch = [*arguments, *WITHOUT, "--epochs", "3", "--head-epochs", "2"]
+    assert train([*one_epoch, "--no-cache", "--output", str(tmp_path / "plain")]) == 0
+    assert (
+        train([*one_epoch, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "a")])
+        == 0
+    )
+    same(tmp_path / "a", tmp_path / "plain")
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert metrics["stages"]["fine-tuning"]["cached"].startswith(
+        "uncached, it lasts a single epoch"
+    )
+
+
 def test_the_same_history_with_and_without_a_cache(cached, uncached):
     losses = [float(row["loss"]) for row in read(uncached / "history.csv")]
     assert max(losses) - min(losses) > 0.1  # it learns: the order of the images shows
