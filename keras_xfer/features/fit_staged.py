@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from keras_xfer import freezing
+from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.features.boundaries import MODES, Boundary, BoundaryMode, choose
 from keras_xfer.features.cache import FeatureCache
@@ -255,8 +256,6 @@ class _Run:
 
 def _with(schedule: StagedUnfreezing, callbacks: Sequence[Any]) -> list[Any]:
     """The schedule before all others but those that time what it does."""
-    from keras_xfer.callbacks.epoch_timing import EpochTiming
-
     first = 0
     while first < len(callbacks) and isinstance(callbacks[first], EpochTiming):
         first += 1
