@@ -1,0 +1,563 @@
+"""The cache beside the beaten track: code that changes, odd arrays, little room, odd loops."""
+
+import contextlib
+import copy
+import errno
+import functools
+import gc
+import os
+import pickle
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+from keras_xfer import files
+from keras_xfer.features import FeatureCache, identity
+from keras_xfer.features.entry import Entry
+from keras_xfer.layers import Backbone, HubModule
+
+core = pytest.mark.core
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a layer of TensorFlow"
+)
+
+X = np.arange(80, dtype="float32").reshape(20, 4)
+Y = np.arange(20)
+
+
+def defect(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def model(*layers, shape=(4,)):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input(shape), *layers])
+
+
+def rescaling(factor=3.0):
+    return model(keras.layers.Rescaling(factor))
+
+
+def served(data):
+    return np.concatenate([data[i][0] for i in range(len(data))])
+
+
+def same(one, other):
+    return identity.of_extractor(one) == identity.of_extractor(other)
+
+
+def defined(source, name, **names):
+    """What `source` defines, as if somebody had written it into a file of their own."""
+    space = {"keras": keras, "functools": functools, "__name__": "own", **names}
+    exec(source, space)  # noqa: S102
+    return space[name]
+
+
+# Code that changes
+
+
+def own(body, before="", **names):
+    """A layer of a class of one's own."""
+    indented = "".join(f"    {line}\n" for line in body.splitlines())
+    source = f"{before}\nclass Own(keras.layers.Layer):\n{indented}"
+    layer = defined(source, "Own", **names)()
+    layer.build((None, 4))
+    return layer
+
+
+_WRAPPER = """
+def times(factor):
+    def outer(method):
+        @functools.wraps(method)
+        def call(self, x):
+            return method(self, x) * factor
+        return call
+    return outer
+"""
+_CLOSURE = """
+def make(factor):
+    def call(self, x):
+        return x * factor
+    return call
+"""
+
+
+@core
+@defect("of a class the code of its plain methods alone is part of the key")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: own(f"factor = {n}\ndef call(self, x): return x * self.factor"),
+        lambda n: own(f"def call(self, x, factor={n}): return x * factor"),
+        lambda n: own(f"def call(self, x, *, factor={n}): return x * factor"),
+        lambda n: own(
+            f"@staticmethod\ndef act(x): return x * {n}\ndef call(self, x): return self.act(x)"
+        ),
+        lambda n: own(
+            f"@property\ndef factor(self): return {n}\ndef call(self, x): return x * self.factor"
+        ),
+        lambda n: own(f"call = make({n})", _CLOSURE),
+        lambda n: own(f"@times({n})\ndef call(self, x): return x", _WRAPPER),
+        lambda n: own("def call(self, x): return x * FACTOR", FACTOR=n),
+        lambda n: own("def call(self, x): return act(x)", f"def act(x): return x * {n}"),
+    ],
+    ids=[
+        "class attribute",
+        "default",
+        "keyword default",
+        "staticmethod",
+        "property",
+        "closure",
+        "wrapper",
+        "global",
+        "helper",
+    ],
+)
+def test_all_code_of_a_layer_of_ones_own_matters(make):
+    assert not same(make(2), make(3))
+
+
+def activation(n):
+    return defined(f"def act(x): return x * {n}", "act")
+
+
+@core
+@defect("Keras tells functions by their bare name, and the key goes by that")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: model(keras.layers.Lambda(activation(n))),
+        lambda n: model(keras.layers.Activation(activation(n))),
+        lambda n: model(keras.layers.Dense(3, activation(n), kernel_initializer="ones")),
+        lambda n: model(keras.layers.Lambda(defined("act = lambda x: x * N", "act", N=n))),
+    ],
+    ids=["Lambda", "Activation", "Dense", "global of a lambda"],
+)
+def test_the_code_of_functions_matters(make):
+    assert not same(make(2), make(3))
+
+
+@core
+@defect("both functions are called preprocess_input, which is all that the key holds of them")
+def test_preprocessing_of_another_application_is_never_served(tmp_path):
+    x = np.full((2, 3, 3, 3), 255.0, "float32")
+    for module in (keras.applications.mobilenet_v2, keras.applications.vgg16):
+        preprocess = model(keras.layers.Lambda(module.preprocess_input), shape=(3, 3, 3))
+        features = FeatureCache(tmp_path).features(preprocess, x)
+        np.testing.assert_allclose(served(features), module.preprocess_input(x.copy()), rtol=1e-5)
+
+
+_SUBCLASSED = """
+class Own(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.Rescaling(FACTOR)
+    def call(self, x):
+        return self.first(x)
+"""
+
+
+@core
+@defect("layers inside a subclassed model are known by their weights alone, not by get_config()")
+def test_layers_inside_a_subclassed_model_matter(tmp_path):
+    for factor in (2.0, 3.0):
+        extractor = defined(_SUBCLASSED, "Own", FACTOR=factor)()
+        extractor(X)
+        np.testing.assert_allclose(
+            served(FeatureCache(tmp_path).features(extractor, X)), factor * X, rtol=1e-6
+        )
+
+
+@core
+@defect("the line of a lambda is part of what Keras writes of it")
+def test_a_lambda_that_moves_by_a_line_is_the_same():
+    one = defined("act = lambda x: x * 2", "act")
+    other = defined("\n\n\nact = lambda x: x * 2", "act")
+    assert same(model(keras.layers.Lambda(one)), model(keras.layers.Lambda(other)))
+
+
+@on_tensorflow
+@defect("the weights of inverse document frequencies are no part of the key")
+def test_the_weights_of_words_matter():
+    def make(texts):
+        layer = keras.layers.TextVectorization(max_tokens=5, output_mode="tf_idf")
+        layer.adapt(texts)
+        return keras.Sequential([keras.Input((), dtype="string"), layer])
+
+    one, other = make(["a a a", "b b", "c"]), make(["a a a", "b b", "b c", "a a"])
+    assert one.layers[0].get_vocabulary() == other.layers[0].get_vocabulary()
+    assert not same(one, other)
+
+
+@on_tensorflow
+@defect("of a SavedModel the address and the variables are known, not its graph")
+def test_another_saved_model_in_the_same_place_is_never_served(tmp_path):
+    import tensorflow as tf
+
+    class Module(tf.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.v, self.factor = tf.Variable(tf.ones(4)), factor
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 4])])
+        def __call__(self, x):
+            return x * self.v * self.factor
+
+    for factor in (2.0, 3.0):
+        module = Module(factor)
+        tf.saved_model.save(module, str(tmp_path / "module"))
+        extractor = model(HubModule(str(tmp_path / "module")))
+        features = FeatureCache(tmp_path / "cache").features(extractor, X)
+        np.testing.assert_allclose(served(features), factor * X)
+
+
+@core
+@defect("pooling of a model whose layers do not say it goes by keras.config.image_data_format()")
+def test_the_data_format_of_pooling_matters(request):
+    request.addfinalizer(functools.partial(keras.config.set_image_data_format, "channels_last"))
+
+    def make(data_format):
+        keras.config.set_image_data_format(data_format)
+        return Backbone(model(keras.layers.Rescaling(1.0), shape=(4, 5, 3)), pooling="avg")
+
+    assert not same(make("channels_last"), make("channels_first"))
+
+
+@core
+@defect("what a policy lets BatchNormalization train is part of the key, and changes no feature")
+def test_policies_that_give_the_same_features_are_one():
+    def make(batch_norm):
+        return Backbone(model(keras.layers.BatchNormalization()), batch_norm=batch_norm)
+
+    assert same(make("frozen"), make("affine"))
+
+
+@core
+def test_the_order_and_the_names_of_inputs_and_outputs_matter():
+    def make(inputs, outputs):
+        a, b = keras.Input((4,)), keras.Input((4,))
+        y = [keras.layers.Subtract()([a, b]), keras.layers.Rescaling(2.0)(a)]
+        return keras.Model([[a, b][i] for i in inputs], outputs(y))
+
+    models = [
+        make((0, 1), lambda y: y),
+        make((1, 0), lambda y: y),
+        make((0, 1), lambda y: y[::-1]),
+        make((0, 1), lambda y: {"p": y[0], "q": y[1]}),
+        make((0, 1), lambda y: {"q": y[0], "p": y[1]}),
+    ]
+    assert [[same(a, b) for b in models] for a in models] == np.eye(5, dtype=bool).tolist()
+
+
+@core
+def test_what_layers_learned_of_data_matters():
+    def adapted(layer, data):
+        layer.adapt(data)
+        return model(layer)
+
+    data = np.random.default_rng(0).random((9, 4))
+    makes = [lambda x: adapted(keras.layers.Normalization(), x)]
+    if keras.backend.backend() == "tensorflow":
+        makes.append(lambda x: adapted(keras.layers.Discretization(num_bins=3), x))
+    for make in makes:
+        assert same(make(data), make(data))
+        assert not same(make(data), make(2 * data))
+
+
+def graph():
+    x = keras.Input((8, 8, 3))
+    y = keras.layers.Conv2D(3, 3, padding="same")(x)
+    y = keras.layers.Activation("relu")(keras.layers.BatchNormalization()(y)) * 2.0
+    return keras.Model(x, keras.layers.GlobalAveragePooling2D()(y + x))
+
+
+@core
+@pytest.mark.parametrize(
+    "make",
+    [
+        graph,
+        lambda: model(Backbone(model(keras.layers.Dense(3), keras.layers.BatchNormalization()))),
+    ],
+    ids=["graph", "Backbone"],
+)
+def test_a_copy_and_a_reloaded_model_are_the_same(make, tmp_path):
+    first = make()
+    first.save(tmp_path / "model.keras")
+    clone = keras.models.clone_model(first)
+    clone.set_weights(first.get_weights())
+    before = identity.of_extractor(first)
+    first.compile("sgd", "mse")
+    first.trainable = not first.trainable
+    assert before == identity.of_extractor(first)
+    assert before == identity.of_extractor(clone)
+    assert before == identity.of_extractor(keras.saving.load_model(tmp_path / "model.keras"))
+
+
+# Odd arrays
+
+
+@core
+@defect("of the dtype the key holds the name, which says nothing of the order of bytes")
+def test_the_order_of_bytes_matters(tmp_path):
+    cache = FeatureCache(tmp_path)
+    x = X.astype(">f4")
+    cache.features(rescaling(), x.view("<f4"))  # the same bytes, other numbers
+    np.testing.assert_array_equal(served(cache.features(rescaling(), x)), 3 * X)
+
+
+@core
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.asfortranarray(X),
+        X[::2, ::-1],
+        np.broadcast_to(X[:1], (20, 4)),
+        pytest.param(
+            X.astype(">f4"),
+            marks=pytest.mark.xfail(
+                keras.backend.backend() != "tensorflow",
+                strict=True,
+                reason="JAX and torch take no other order of bytes than the machine's",
+            ),
+        ),
+    ],
+    ids=["Fortran", "strided", "broadcast", "big-endian"],
+)
+def test_arrays_in_whatever_layout_are_served_right(x, tmp_path):
+    labels = np.arange(len(x)).astype(">i8")[::-1]
+    data = FeatureCache(tmp_path).features(rescaling(), (x, labels))
+    np.testing.assert_array_equal(served(data), 3 * x.astype("float32"))
+    np.testing.assert_array_equal(data[0][1], labels)
+    np.testing.assert_array_equal(served(FeatureCache(tmp_path).features(rescaling(), x)), 3 * x)
+
+
+@core
+@defect("NaN hides the largest value from the range check, and that is stored as infinite")
+def test_what_float16_cannot_hold_is_seen_beside_nan(tmp_path):
+    x = np.array([[np.nan, 1e6, 1, 2]], "float32")
+    with pytest.warns(UserWarning, match="65504"):
+        data = FeatureCache(tmp_path, dtype="float16").features(rescaling(), x)
+    np.testing.assert_array_equal(served(data), 3 * x)
+
+
+@core
+@defect("a key stands for inputs and for what comes with them, though that is not there")
+def test_labels_that_come_later_under_one_key_are_served(tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.features(rescaling(), X, key="birds")
+    features, labels = cache.features(rescaling(), (X, Y), key="birds")[0]
+    np.testing.assert_array_equal(labels, Y)
+    np.testing.assert_array_equal(features, 3 * X)
+
+
+@core
+@defect("they are stored, and fail when they are served: data type 'void64' not understood")
+def test_labels_of_a_structured_dtype_are_refused_in_words(tmp_path):
+    labels = np.zeros(20, [("a", "f4"), ("b", "f4")])
+    with pytest.raises(ValueError, match="Expected.*labels"):
+        FeatureCache(tmp_path).features(rescaling(), (X, labels))
+
+
+# Little room
+
+
+@core
+@defect("headers and manifests are not counted before they are written")
+def test_a_folder_holds_no_more_than_max_bytes(tmp_path):
+    cache = FeatureCache(tmp_path, max_bytes=3000)
+    for i in range(4):
+        cache.features(rescaling(), X + i)
+        gc.collect()
+    assert cache.info().total_bytes <= cache.max_bytes
+
+
+@core
+@defect("room is asked for once, at the beginning, and what others take meanwhile is not seen")
+def test_two_that_compute_at_once_hold_no_more_than_max_bytes(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path, max_bytes=15_000)
+    write_shard, between = Entry.write_shard, [lambda: cache.features(rescaling(), X.repeat(30, 0))]
+
+    def interrupted(self, *args):
+        if between:  # as another process would
+            between.pop()()
+        return write_shard(self, *args)
+
+    monkeypatch.setattr(Entry, "write_shard", interrupted)
+    with contextlib.suppress(ValueError):  # or is told that there is no room
+        cache.features(rescaling(), 1 + X.repeat(30, 0))
+    assert cache.info().total_bytes <= cache.max_bytes
+
+
+@core
+@defect("whatever keeps the lock from being opened counts as a folder that can only be read")
+@pytest.mark.skipif(os.name != "posix", reason="fcntl")
+def test_without_file_descriptors_nothing_that_is_open_is_removed(tmp_path, monkeypatch):
+    data = FeatureCache(tmp_path).features(rescaling(), X)
+    opened = os.open
+
+    def none_left(path, *args, **kwargs):
+        if str(path).endswith(".open"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", none_left)
+    with contextlib.suppress(OSError):
+        FeatureCache(tmp_path).clear()
+    assert FeatureCache(tmp_path).info().total_bytes > 0
+    assert len(data) == 1
+
+
+@core
+@defect("the whole manifest is written with every shard: a million rows wait for that alone")
+def test_what_is_written_beside_features_grows_as_they_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_xfer.features.manifest._MOST_ROWS", 1)
+    write_text = files.write_text
+    written = []
+
+    def counting(filepath, text):
+        written.append(len(text))
+        write_text(filepath, text)
+
+    monkeypatch.setattr(files, "write_text", counting)
+    totals = []
+    for rows in (12, 96):
+        written.clear()
+        FeatureCache(tmp_path).features(rescaling(), X.repeat(10, 0)[:rows], batch_size=1)
+        totals.append(sum(written))
+    assert totals[1] < 16 * totals[0]  # of eight times the rows
+
+
+# Odd loops
+
+
+@core
+@defect("Keras ends an epoch before it begins the first, and validation twice: those are counted")
+def test_fit_counts_passes_and_no_more(tmp_path):
+    data = FeatureCache(tmp_path).features(rescaling(), (X, Y), batch_size=8, shuffle=True)
+    held_out = data.arranged(batch_size=4)
+    head = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    head.compile("sgd", "mse")
+    head.fit(data, epochs=2, validation_data=held_out, shuffle=False, verbose=0)
+    assert (data.epoch, held_out.epoch) == (2, 2)
+
+
+@defect("an iterator in Python gives its first batch for ever where it is part of a graph")
+@pytest.mark.parametrize("batch_size", [3, 5])
+def test_an_iterator_given_to_a_tf_function_moves_on(tmp_path, batch_size):
+    tf = pytest.importorskip("tensorflow")
+    data = FeatureCache(tmp_path).features(rescaling(), (X, Y), batch_size=batch_size)
+    iterator = iter(data.as_tf_dataset())
+    step = tf.function(lambda iterator: next(iterator)[1])
+    labels = [step(iterator).numpy().tolist() for _ in range(3)]
+    assert labels == [data[i][1].tolist() for i in range(3)]
+
+
+@defect("iter() gives a generator, without the methods of an iterator of tf.data")
+def test_an_iterator_is_one_of_tf_data(tmp_path):
+    pytest.importorskip("tensorflow")
+    data = FeatureCache(tmp_path).features(rescaling(), (X, Y), batch_size=5)
+    features, _ = iter(data.as_tf_dataset()).get_next()
+    np.testing.assert_array_equal(features, data[0][0])
+
+
+def test_tf_data_in_other_pipelines(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    data = FeatureCache(tmp_path).features(rescaling(), (X, Y), batch_size=3, shuffle=True)
+    expected = []
+    for epoch in range(2):
+        data.epoch = epoch
+        expected += [data[i][1].tolist() for i in range(len(data))]
+    data.epoch = 0
+    dataset = data.as_tf_dataset()
+    assert [y.numpy().tolist() for _, y in dataset.repeat(2).prefetch(20)] == expected
+    assert data.epoch == 2
+    one = [y.numpy().tolist() for _, y in dataset.take(1)]
+    assert [y.numpy().tolist() for _, y in dataset.take(1)] == one
+    assert data.epoch == 2
+    assert all((a[1] == b[1]).numpy().all() for a, b in tf.data.Dataset.zip((dataset, dataset)))
+    assert data.epoch == 4
+
+    @tf.function
+    def total():
+        found = tf.constant(0, tf.int64)
+        for _, y in dataset:
+            found += tf.reduce_sum(y)
+        return found
+
+    assert [int(total()), int(total())] == [190, 190]
+    assert data.epoch == 6
+
+
+@on_tensorflow
+def test_several_steps_in_one_execution_lose_no_batch(tmp_path):
+    data = FeatureCache(tmp_path).features(rescaling(), (X, Y), batch_size=3)
+    head = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    head.compile("sgd", "mse", steps_per_execution=8)
+    head.fit(data.as_tf_dataset(), epochs=3, shuffle=False, verbose=0)
+    assert data.epoch == 3
+    assert int(head.optimizer.iterations) == 21
+
+
+@core
+def test_a_copy_and_a_pickle_serve_the_same(tmp_path):
+    data = FeatureCache(tmp_path).features(rescaling(), (X, Y), batch_size=3, shuffle=True)
+    data.epoch = 2
+    for other in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+        assert [other[i][1].tolist() for i in range(7)] == [data[i][1].tolist() for i in range(7)]
+
+
+@core
+def test_threads_that_want_the_same_compute_it_once(tmp_path, monkeypatch):
+    begun = []
+    begin = Entry.begin
+    monkeypatch.setattr(Entry, "begin", lambda *args: (begun.append(1), begin(*args))[1])
+    extractor, found = rescaling(), []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(served(FeatureCache(tmp_path).features(extractor, X)))
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [np.array_equal(each, 3 * X) for each in found] == [True] * 4
+    assert len(begun) == 1
+
+
+@core
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")  # noqa: PTH112
+def test_an_interruption_leaves_no_thread_lock_or_file_open(tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path)
+    cache.features(rescaling(), X)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
+    predict, calls = keras.Model.predict_on_batch, []
+
+    def interrupted(self, x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(self, x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keras.Model, "predict_on_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.features(rescaling(), (X, Y), batch_size=4)
+    gc.collect()
+    now = len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
+    assert now[0] <= before[0]
+    assert now[1] <= before[1]
+    assert len(cache.features(rescaling(), (X, Y), batch_size=4)) == 5
+
+
+@core
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = FeatureCache("der Ordner ä")
+    monkeypatch.chdir("/")
+    cache.features(rescaling(), X)
+    assert (tmp_path / "der Ordner ä" / "keras_xfer_features.json").exists()
