@@ -16,6 +16,7 @@ import pytest
 from keras_xfer import files
 from keras_xfer.features import FeatureCache, identity
 from keras_xfer.features.entry import Entry
+from keras_xfer.features.manifest import Manifest, Shard
 from keras_xfer.layers import Backbone, HubModule
 
 core = pytest.mark.core
@@ -509,15 +510,41 @@ def test_a_copy_and_a_pickle_serve_the_same(tmp_path):
 
 
 @core
+@defect("the manifest is summed up while the thread that writes shards adds to it")
+def test_a_manifest_is_summed_up_while_shards_are_added():
+    class Files(dict):
+        def values(self):  # as the other thread does at any moment; see `_make_room`
+            manifest.shards[len(manifest.shards)] = Shard(1, None, {})
+            return super().values()
+
+    manifest = Manifest("key", "what", 1, 1, 1, None, [], None, [])
+    manifest.shards = {0: Shard(1, None, Files(a=(7, ""))), 1: Shard(1, None, {"b": (8, "")})}
+    assert manifest.num_bytes() == 15
+
+
+@core
+@defect("what another process writes between two listings is taken for somebody else's")
+def test_a_folder_that_another_process_is_making_is_not_refused(tmp_path, monkeypatch):
+    temporaries = files.temporaries
+    with contextlib.ExitStack() as stack:
+
+        def listed(filepath):
+            found = list(temporaries(filepath))
+            stack.enter_context(files.replacing(filepath)).write_text('{"format": 1}')
+            return found
+
+        monkeypatch.setattr(files, "temporaries", listed)
+        FeatureCache(tmp_path)
+
+
+@core
 def test_threads_that_want_the_same_compute_it_once(tmp_path, monkeypatch):
     begun = []
     begin = Entry.begin
     monkeypatch.setattr(Entry, "begin", lambda *args: (begun.append(1), begin(*args))[1])
-    extractor, found = rescaling(), []
+    cache, extractor, found = FeatureCache(tmp_path), rescaling(), []
     threads = [
-        threading.Thread(
-            target=lambda: found.append(served(FeatureCache(tmp_path).features(extractor, X)))
-        )
+        threading.Thread(target=lambda: found.append(served(cache.features(extractor, X))))
         for _ in range(4)
     ]
     for thread in threads:
