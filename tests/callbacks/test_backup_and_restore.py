@@ -45,8 +45,17 @@ def stages(**last):
     ]
 
 
+# What is kept and brought back does not depend on how a step is run, and TensorFlow traces it anew
+# in each stage, which takes longer than the run.
+EAGER = {"run_eagerly": True} if BACKEND == "tensorflow" else {}
+
+
 def compiled(optimizer=None, **kwargs):
-    return schedules.compiled(optimizer or keras.optimizers.Adam(1e-2), **kwargs)
+    return schedules.compiled(optimizer or keras.optimizers.Adam(1e-2), **{**EAGER, **kwargs})
+
+
+def traced():
+    return compiled(run_eagerly=False)
 
 
 def run(folder, *, until=None, epochs=4, model=None, callbacks=None, **kwargs):
@@ -85,17 +94,17 @@ def check_equal(one, other):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """What a run that is never cut off gives."""
-    return outcome(run(tmp_path_factory.mktemp("whole")))
+    return outcome(run(tmp_path_factory.mktemp("whole"), model=traced()))
 
 
 @pytest.mark.parametrize("until", [1, 3])
 def test_it_goes_on_as_if_nothing_had_been(tmp_path, until, whole):
     """Cut off within a stage and between two; oracle: the run that is not."""
-    run(tmp_path, until=until)
-    assert not differing(outcome(run(tmp_path)), whole)
+    run(tmp_path, until=until, model=traced())
+    assert not differing(outcome(run(tmp_path, model=traced())), whole)
 
 
-@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize("at", [0, 4])  # before, and behind each of the others
 def test_it_works_wherever_it_stands_in_the_list(tmp_path, at):
     def callbacks(name):
         made = [

@@ -147,9 +147,14 @@ def with_head(backbone, shape=(4,)):
     return keras.Model(inputs, layers.Dense(3, name="head")(backbone(inputs)))
 
 
-def train(model, *, compile=True, epochs=2):  # noqa: A002  # Keras's word
+# To trace a step takes TensorFlow ten times as long as to run it, and what a layer does does not
+# depend on it; JAX compiles faster than it runs eagerly.
+EAGER = keras.backend.backend() != "jax"
+
+
+def train(model, *, compile=True, epochs=2, eager=EAGER):  # noqa: A002  # Keras's word
     if compile:
-        model.compile(keras.optimizers.SGD(0.05), "mse")
+        model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=eager)
     x, y = data(8, 4), data(8, 3, seed=1)
     model.fit(x, y, batch_size=4, epochs=epochs, verbose=0)
 
@@ -234,7 +239,7 @@ def test_no_road_moves_the_statistics(road):
 
     for backbone in (frozen, free):  # before compile
         road(model, backbone)
-    train(model, epochs=1)
+    train(model, epochs=1, eager=False)  # traced, as a user trains
     for backbone in (frozen, free):  # between two fits, after compile
         road(model, backbone)
     train(model, compile=False, epochs=1)
@@ -269,7 +274,7 @@ def test_the_train_policy_is_what_keras_does(road):
 def test_flags_set_after_compile_do_not_move_what_the_policy_holds(policy):
     backbone = Backbone(deep_model(), batch_norm=policy)
     model = with_head(backbone)
-    train(model)
+    train(model, eager=False)
     moving, scales = statistics(backbone), affine(backbone)
     model.compile(keras.optimizers.SGD(0.05), "mse")
     _every_batch_norm(model, backbone)
@@ -1058,7 +1063,7 @@ def test_a_saved_model_goes_on_where_it_was(tmp_path, policy, thaw):
     # No dropout: both must take the same steps.
     backbone.model.get_layer("composite").dropout.rate = 0.0
     backbone.model.get_layer("composite").rate = 0.0
-    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=EAGER)
     x, y = data(8, 4), data(8, 3, seed=1)
     model.train_on_batch(x, y)
     model.save(tmp_path / "model.keras")
@@ -1079,8 +1084,7 @@ def test_a_saved_model_goes_on_where_it_was(tmp_path, policy, thaw):
     # And the policy still holds, by a road taken after loading.
     moving = statistics(loaded)
     _every_batch_norm(loaded, loaded.get_layer("backbone"))
-    eager = keras.backend.backend() != "jax"  # which here compiles faster than it runs eagerly
-    loaded.compile("sgd", "mse", run_eagerly=eager)
+    loaded.compile("sgd", "mse", run_eagerly=EAGER)
     loaded.train_on_batch(x, y)
     assert all(same(moving, statistics(loaded))) == (policy != "train")
 
@@ -1408,8 +1412,7 @@ def test_batch_normalization_never_moves_and_only_the_selected_trains(stack, pol
     for leaf in choice.draw(st.lists(st.sampled_from(leaves), max_size=3)):  # flags after
         leaf.trainable = choice.draw(st.booleans())
     moving, scales = statistics(backbone), affine(backbone)
-    eager = keras.backend.backend() != "jax"
-    model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=eager)
+    model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=EAGER)
     model.train_on_batch(data(8, 4), data(8, 3))
     assert all(same(moving, statistics(backbone)))
     if policy == "frozen":
