@@ -144,6 +144,7 @@ def test_a_schedule_ends_as_it_does_without_a_cache(batch_norm):
         pytest.param(
             lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1, use_ema=True, ema_momentum=0.8),
             id="ema",
+            marks=but_jax,
         ),
         pytest.param(
             lambda: keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),

@@ -254,6 +254,8 @@ def test_augmentation_writes_to_no_weights():
     "make", [layers.RandAugment, layers.RandomColorJitter], ids=lambda x: x.__name__
 )
 def test_augmentation_that_holds_others(make):
+    if keras.backend.backend() == "jax" and make is layers.RandAugment:
+        pytest.skip("JAX compiles each of its layers; RandomColorJitter holds others, too")
     kwargs = {"value_range": (0, 255)}
     if make is layers.RandomColorJitter:
         kwargs.update(brightness_factor=0.5, contrast_factor=0.5)

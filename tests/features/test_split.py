@@ -1006,6 +1006,8 @@ def _check_cut(model, at, x, expected, every):
 @core
 @pytest.mark.parametrize("name", CHEAP)
 def test_applications(name):
+    if BACKEND == "jax" and name != "MobileNetV2":
+        pytest.skip("JAX compiles each operation of each layer; the graph is cut by Keras's own")
     check_application(name, **CHEAP[name])
 
 
