@@ -104,30 +104,33 @@ def test_it_goes_on_as_if_nothing_had_been(tmp_path, until, whole):
     assert not differing(outcome(run(tmp_path, model=traced())), whole)
 
 
-@pytest.mark.parametrize("at", [0, 4])  # before, and behind each of the others
-def test_it_works_wherever_it_stands_in_the_list(tmp_path, at):
-    def callbacks(name):
-        made = [
-            StagedUnfreezing(stages(patience=1), monitor="loss", min_delta=0.01),
-            keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=1.0),
-            BestCheckpoint(tmp_path / f"{name}.keras", monitor="val_loss", resume=False),
-            timing[name],
-        ]
-        return [*made[:at], BackupAndRestore(tmp_path / name), *made[at:]]
-
+def in_the_list(folder, at, name, *more):
+    """A run with the backup at that place among other callbacks, and what it came to."""
     x, y = schedules.data()
-    data = {"validation_data": (x, y), "epochs": 4, **BATCH}
-    timing = {"one": EpochTiming(), "two": EpochTiming()}
+    timing = EpochTiming()
+    callbacks = [
+        StagedUnfreezing(stages(patience=1), monitor="loss", min_delta=0.01),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, min_delta=1.0),
+        BestCheckpoint(folder / f"{name}.keras", monitor="val_loss", resume=False),
+        timing,
+    ]
+    callbacks.insert(at, BackupAndRestore(folder / name))
+    model, data = traced(), {"validation_data": (x, y), "epochs": 4, **BATCH}
+    history = model.fit(x, y, callbacks=[*callbacks, *more], **data).history
+    shown = {k: v for k, v in history.items() if "seconds" not in k and "samples" not in k}
+    return [state(model), shown, [row["stage"] for row in timing.rows]]
+
+
+@pytest.fixture(scope="module")
+def whole_in_the_list(tmp_path_factory):
+    return in_the_list(tmp_path_factory.mktemp("whole"), 0, "whole")
+
+
+@pytest.mark.parametrize("at", [0, 4])  # before, and behind each of the others
+def test_it_works_wherever_it_stands_in_the_list(tmp_path, at, whole_in_the_list):
     with pytest.raises(CutError):
-        compiled().fit(x, y, callbacks=[*callbacks("one"), cut(3)], **data)
-    timing["one"] = EpochTiming()
-    outcomes = []
-    for name in ("one", "two"):
-        model = compiled()
-        history = model.fit(x, y, callbacks=callbacks(name), **data).history
-        shown = {k: v for k, v in history.items() if "seconds" not in k and "samples" not in k}
-        outcomes.append([state(model), shown, [row["stage"] for row in timing[name].rows]])
-    assert not differing(*outcomes)
+        in_the_list(tmp_path, at, "one", cut(3))
+    assert not differing(in_the_list(tmp_path, at, "one"), whole_in_the_list)
 
 
 def test_a_run_that_stopped_early_stays_stopped(tmp_path):
