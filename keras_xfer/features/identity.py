@@ -4,20 +4,28 @@
 are left out, and where a graph refers to a layer by name its place in the graph stands instead.
 """
 
-import inspect
+import base64
+import functools
+import marshal
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_xfer import freezing
-from keras_xfer.features import digests
+from keras_xfer import files, freezing, handles
+from keras_xfer.features import code, digests
+from keras_xfer.layers.hub_module import HubModule
 
 # What a layer is called, and what of it trains, changes nothing in inference mode. The shapes that
 # a layer was built for are those of its weights.
 _DROPPED = {"name", "trainable", "thawed"}
+_DROPPED_OF_OURS = {*_DROPPED, "batch_norm"}  # a policy of training
+# Under what a layer keeps where its SavedModel lies, and what goes with that.
+_PLACES = ("handle", "filepath")
+_PIN = "sha256"
 _DROPPED_AROUND = {"name", "shared_object_id", "build_config", "compile_config"}
 
 
@@ -58,18 +66,20 @@ def of_extractor(extractor: Any) -> dict[str, Any]:
         ),
         "weight_dtypes": [keras.backend.standardize_dtype(w.dtype) for w in extractor.weights],
         "vocabularies": [
-            digests.of_json([str(word) for word in layer.get_vocabulary()])
+            [digests.of_json([str(word) for word in layer.get_vocabulary()]), _word_weights(layer)]
             for layer in layers
             if hasattr(layer, "get_vocabulary")
         ],
         "code": digests.of_json(_codes(layers)),
+        # What pools or slices without saying where the channels are goes by this.
+        "image_data_format": keras.config.image_data_format(),
     }
 
 
 def _structure(extractor: keras.Layer, layers: list[keras.Layer]) -> Any:
+    canonical = _Canonical(layers)
     try:
-        config = extractor.get_config()
-        return [_class_of(extractor), _Canonical(layers).config(config)]
+        own = [_class_of(extractor), canonical.of_layer(extractor)]
     except Exception as error:
         layer, cause = _culprit(layers, error)
         raise ValueError(
@@ -78,13 +88,59 @@ def _structure(extractor: keras.Layer, layers: list[keras.Layer]) -> Any:
             f"{type(layer).__name__} does not ({' '.join(str(cause).split())[:200]}). Give its class a get_config() that "
             "returns its arguments as JSON can hold them."
         ) from error
+    # A model whose class makes its layers, for one, says nothing of them.
+    return [*own, [_inside(layer, canonical) for layer in layers[1:]]]
+
+
+def _inside(layer: keras.Layer, canonical: "_Canonical") -> Any:
+    """A layer inside the extractor."""
+    if freezing.graph_of(layer) is not None:
+        return [_class_of(layer)]  # its layers follow
+    try:
+        return [_class_of(layer), canonical.of_layer(layer)]
+    except Exception:  # of a layer that what is around it makes from a configuration of its own
+        plain = {
+            name: value
+            for name, value in vars(layer).items()
+            if not name.startswith("_") and isinstance(value, bool | int | float | str)
+        }
+        return [_class_of(layer), canonical.config(plain)]
+
+
+def _word_weights(layer: keras.Layer) -> Any:
+    """The inverse document frequencies of a vocabulary."""
+    lookup = getattr(layer, "_lookup_layer", layer)  # of TextVectorization. Tried on Keras 3.15.1.
+    weights = getattr(lookup, "idf_weights", None)
+    return None if weights is None else digests.of_arrays([np.asarray(weights)])
+
+
+def _saved_models(layers: Iterable[keras.Layer]) -> dict[str, Any]:
+    """Digests of the SavedModels that layers run, by where they lie: their variables are weights,
+    but their graphs and tables are not."""
+    found = {}
+    for layer in layers:
+        place = None
+        if isinstance(layer, HubModule) and isinstance(layer.handle, str):
+            place = layer.handle
+            folder = Path(handles.resolve(place, sha256=layer.get_config().get(_PIN)))
+        elif isinstance(layer, keras.layers.TFSMLayer):
+            place = str(layer.filepath)
+            folder = Path(place)
+        if place is not None and folder.is_dir():
+            content = [*folder.glob("saved_model.pb*"), *folder.glob("assets/**/*")]
+            found[place] = sorted(
+                [path.relative_to(folder).as_posix(), files.sha256(path)]
+                for path in content
+                if path.is_file()
+            )
+    return found
 
 
 def _culprit(layers: list[keras.Layer], error: Exception) -> tuple[keras.Layer, Exception]:
     """The innermost layer that fails, and why."""
     for layer in reversed(layers):
         try:
-            _Canonical(layers).config(layer.get_config())
+            _Canonical(layers).of_layer(layer)
         except Exception as own:
             return layer, own
     return layers[0], error
@@ -100,9 +156,19 @@ class _Canonical:
             for i, layer in enumerate(layers)
             if _is_automatic(layer.name, type(layer).__name__)
         }
+        self._saved_models = _saved_models(layers)
 
-    def config(self, config: Mapping[str, Any]) -> Any:
+    def of_layer(self, layer: keras.Layer) -> Any:
+        """The configuration of a layer that exists."""
+        ours = type(layer).__module__.partition(".")[0] == "keras_xfer"
+        return self.config(layer.get_config(), ours=ours)
+
+    def config(self, config: Mapping[str, Any], *, ours: bool = False) -> Any:
         """The configuration of a layer, without what does not matter."""
+        for place in _PLACES:
+            if isinstance(config.get(place), str) and config[place] in self._saved_models:
+                content = self._saved_models[config[place]]
+                config = {**config, place: {"saved_model": content}, _PIN: None}
         layers = config.get("layers")
         places: dict[str, int] = {}
         if isinstance(layers, list) and "input_layers" in config:  # a graph
@@ -110,7 +176,7 @@ class _Canonical:
         return {
             key: self._value(value, places)
             for key, value in config.items()
-            if key not in _DROPPED and key != "build_input_shape"
+            if key not in (_DROPPED_OF_OURS if ours else _DROPPED) and key != "build_input_shape"
         }
 
     def _value(self, value: Any, places: Mapping[str, int]) -> Any:
@@ -134,11 +200,15 @@ class _Canonical:
             return {"set": sorted(map(str, value))}
         if hasattr(value, "__array__"):
             return {"array": digests.of_arrays([np.asarray(keras.ops.convert_to_numpy(value))])}
+        if isinstance(value, types.FunctionType):
+            return {"function": value.__name__}  # see _codes
         return self._value(keras.saving.serialize_keras_object(value), places)
 
     def _object(self, value: Mapping[str, Any], places: Mapping[str, int]) -> Any:
         """What Keras writes around the configuration of an object."""
         config = value["config"]
+        if value["class_name"] == "__lambda__":
+            return {"lambda": _lambda(config)}
         around = {
             key: self._value(item, places)
             for key, item in value.items()
@@ -148,8 +218,20 @@ class _Canonical:
         is_layer = isinstance(config, Mapping) and (
             "trainable" in config or "inbound_nodes" in value
         )
-        around["config"] = self.config(config) if is_layer else self._value(config, places)
+        ours = str(around.get("registered_name")).startswith("keras_xfer>")
+        around["config"] = (
+            self.config(config, ours=ours) if is_layer else self._value(config, places)
+        )
         return around
+
+
+def _lambda(config: Mapping[str, Any]) -> Any:
+    """What Keras writes of a lambda, without the file and the line that it stands on."""
+    written = config.get("value") or (config["code"], config["defaults"], config["closure"])
+    dumped, defaults, closure = written
+    fingerprint = code.Fingerprints(lambda thing: thing.get_config())
+    content = marshal.loads(base64.b64decode(dumped))  # noqa: S302  # Keras has just written it
+    return [code.of_code(content), fingerprint((defaults, closure))]
 
 
 def _is_tensor(value: Sequence[Any], places: Mapping[str, int]) -> bool:
@@ -174,34 +256,44 @@ def _class_of(thing: Any) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def _codes(layers: Iterable[keras.Layer]) -> list[Any]:
-    """What the classes of users do: a `call` that is edited gives other features under the same
-    configuration. Those of Keras and of this package change with their versions."""
-    codes = []
+def _codes(layers: list[keras.Layer]) -> list[Any]:
+    """What the classes and functions of users do: a `call` that is edited gives other features
+    under the same configuration, and Keras tells functions by their bare name. Those of Keras and
+    of this package change with their versions."""
+    canonical = _Canonical(layers)
+    fingerprint = code.Fingerprints(lambda thing: canonical.config(thing.get_config()))
+    codes: list[Any] = []
     for layer in layers:
-        for cls in type(layer).__mro__:
-            package = cls.__module__.partition(".")[0]
-            if cls is not object and package not in {
-                "keras",
-                "keras_xfer",
-                "tensorflow",
-                "torch",
-                "jax",
-            }:
-                functions = {
-                    name: _code(inspect.unwrap(value).__code__)
-                    for name, value in sorted(vars(cls).items())
-                    if isinstance(value, types.FunctionType)
-                }
-                codes.append([cls.__qualname__, functions])
+        codes.extend(
+            [cls.__qualname__, fingerprint(cls)]
+            for cls in type(layer).__mro__
+            if not code.is_of_the_stack(cls.__module__)
+        )
+        # What every layer has is of Keras, or for training.
+        codes.extend(
+            [name, fingerprint(value)]
+            for name, value in sorted(vars(layer).items())
+            if not (name in _of_every_layer() or name.startswith(("_self_", "_compile")))
+            and _has_code(value, layers)
+        )
     return codes
 
 
-def _code(code: types.CodeType) -> list[Any]:
-    constants = [
-        _code(each) if isinstance(each, types.CodeType)
-        else sorted(map(repr, each)) if isinstance(each, frozenset)
-        else repr(each)
-        for each in code.co_consts
-    ]  # fmt: skip
-    return [code.co_code.hex(), constants, list(code.co_names)]
+def _has_code(value: Any, layers: list[keras.Layer]) -> bool:
+    """Whether it is a function, whatever is around it, or holds one."""
+    if isinstance(value, Mapping):
+        return any(_has_code(each, layers) for each in value.values())
+    if isinstance(value, list | tuple):
+        return any(_has_code(each, layers) for each in value)
+    if isinstance(value, types.MethodType):  # those of the layers are part of their classes
+        return all(value.__self__ is not layer for layer in layers)
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
+        return True
+    if not callable(value) or isinstance(value, keras.Layer):
+        return False
+    return not code.is_of_the_stack(type(value).__module__) or hasattr(value, "python_function")
+
+
+@functools.cache
+def _of_every_layer() -> frozenset[str]:
+    return frozenset([*vars(keras.layers.Layer()), *vars(keras.Model())])
