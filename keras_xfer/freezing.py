@@ -176,6 +176,22 @@ def graph_nodes(
     return nodes, tuple(number(outermost, tensor) for tensor in graph.outputs)
 
 
+@contextlib.contextmanager
+def calls_forgotten(model: keras.Layer) -> Iterator[None]:
+    """After it the layers of `model` have forgotten by which graphs they were called within, for
+    models that are made of them and dropped again."""
+    # Keras keeps every call of a layer for ever, with all that was made. Tried on Keras 3.15.1.
+    lists = [
+        calls for layer in walk(model) for calls in (layer._inbound_nodes, layer._outbound_nodes)
+    ]
+    before = [len(calls) for calls in lists]
+    try:
+        yield
+    finally:
+        for calls, count in zip(lists, before, strict=True):
+            del calls[count:]
+
+
 def _run(
     node: Any,
     inputs: Sequence[int],

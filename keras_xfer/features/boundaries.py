@@ -1,6 +1,7 @@
 """Where each stage of a schedule is best cut: below it everything is computed once and kept."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -42,8 +43,7 @@ class Boundary:
     bytes_per_image: int | None
     flops_share: float | None
     reason: str
-    prefix: Any = dataclasses.field(default=None, repr=False, compare=False)
-    suffix: Any = dataclasses.field(default=None, repr=False, compare=False)
+    halves: Any = dataclasses.field(default=None, repr=False, compare=False)  # as `split_model`'s
 
     @property
     def text(self) -> str:
@@ -171,7 +171,7 @@ def _choose_one(
     share = "" if best.share is None else f"{best.share:.0%} of the forward pass done once, "
     kept = "an unknown number of bytes" if size is None else _readable(size)
     return Boundary(
-        place.index, best.at, size, best.share, f"{share}{kept} an image", prefix, suffix
+        place.index, best.at, size, best.share, f"{share}{kept} an image", (prefix, suffix)
     )
 
 
@@ -250,12 +250,30 @@ def _check_fixed(prefix: keras.Model, backbone: Backbone, augments: bool) -> Non
             f"{_named(moving)} below the cut write to their weights while training: set their "
             "trainable to False, or put them inside the Backbone"
         )
+    if losing := [layer for layer in freezing.walk(prefix) if _adds_losses(layer)]:
+        raise ValueError(
+            f"{_named(losing)} below the cut add to the loss, which features do not hold"
+        )
     of_backbone = {id(each) for each in backbone.variables}  # the stage freezes them
     if trained := [each for each in prefix.trainable_variables if id(each) not in of_backbone]:
         raise ValueError(
             f"{trained[0].path!r} below the cut trains, so that its features change: set its "
             "layer's trainable to False, or put it above the Backbone"
         )
+
+
+def _adds_losses(layer: keras.Layer) -> bool:
+    """Whether a call of `layer` adds to the loss: by a regularizer of its outputs, or, as far as its
+    class is not Keras's, by `add_loss`."""
+    if getattr(layer, "activity_regularizer", None) is not None:
+        return True
+    return any(
+        "add_loss" in function.__code__.co_names
+        for kind in type(layer).__mro__
+        if not kind.__module__.startswith("keras.")
+        for function in vars(kind).values()
+        if inspect.isfunction(function)
+    )
 
 
 def _named(layers: Iterable[keras.Layer]) -> str:

@@ -1,6 +1,7 @@
 """`fit_staged`: a fine-tuning schedule, each stage on features cached at its own freeze boundary."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -141,7 +142,7 @@ def fit_staged(
     if reason is not None or boundary == "never":
         reason = reason or "boundary='never'"
         return run.uncached([Boundary(p.index, None, None, None, reason) for p in planned], listed)
-    with _cache(cache) as features:
+    with _cache(cache) as features, freezing.calls_forgotten(model):
         boundaries = choose(
             model,
             backbone,
@@ -187,12 +188,12 @@ class _Run:
             verbose=self.verbose,
             epochs=self.epochs,
             steps=self.data.steps(),
-            boundaries=list(boundaries),
+            boundaries=_told(boundaries),
         )
         history = self.model.fit(
             **fed, epochs=self.epochs, callbacks=together, verbose=self.verbose
         )
-        history.boundaries = list(boundaries)
+        history.boundaries = _told(boundaries)
         return history
 
     def cached(
@@ -207,10 +208,9 @@ class _Run:
             epochs=self.epochs,
             verbose=self.verbose,
             steps=self.data.steps(),
-            boundaries=list(boundaries),
+            boundaries=_told(boundaries),
         )
         with fitting(model, validation_data=self.data.validation):
-            model.stop_training = False
             together.begin()
             epoch = begins_at(model, self.data.initial_epoch)
             while epoch < self.epochs:
@@ -222,7 +222,7 @@ class _Run:
             if self.epochs > 0:
                 model.optimizer.finalize_variable_values(model.trainable_variables)
             together.end()
-        model.history.boundaries = list(boundaries)
+        model.history.boundaries = _told(boundaries)
         return model.history
 
     def _stage(
@@ -232,11 +232,11 @@ class _Run:
         if boundary.at is None:
             fed, forward = self.data.plain(), self.model
         else:
+            prefix, forward = boundary.halves
             # The step of a head is soon traced. With several outputs Keras weighs the loss that it
             # logs of each by the size of the batch, where that is fixed (TensorFlow).
             one_trace = boundary.at != "head" or len(self.model.outputs) > 1
-            fed = self.data.cached(cache, boundary.prefix, one_trace=one_trace)
-            forward = boundary.suffix
+            fed = self.data.cached(cache, prefix, one_trace=one_trace)
         with distribution_scope(self.model):
             stand_in = StandIn(self.model, forward)
         together.stage(stand_in, boundary.stage, self.data.steps())
@@ -252,6 +252,11 @@ class _Run:
     def _say(self, boundary: Boundary) -> None:
         if self.verbose:
             print(f"fit_staged, {boundary}")  # noqa: T201  # what verbose asks for, as Keras does
+
+
+def _told(boundaries: Sequence[Boundary]) -> list[Boundary]:
+    """For others: without the models that a stage is made of."""
+    return [dataclasses.replace(each, halves=None) for each in boundaries]
 
 
 def _with(schedule: StagedUnfreezing, callbacks: Sequence[Any]) -> list[Any]:

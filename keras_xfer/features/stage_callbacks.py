@@ -47,10 +47,13 @@ class StageCallbacks(keras.callbacks.CallbackList):
         self._stand_in: StandIn | None = None
         self._index = 0
         self._last_logs: Any = None
+        self._stops_at_once = False
 
     def begin(self) -> None:
         """Begin the training."""
+        self.model.stop_training = False
         super().on_train_begin()
+        self._stops_at_once = bool(self.model.stop_training)
 
     def end(self) -> None:
         """End the training."""
@@ -63,8 +66,10 @@ class StageCallbacks(keras.callbacks.CallbackList):
         if steps is not None:
             self.set_params({**self.params, "steps": steps})
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        """A stage's `fit` begins, which is not the training."""
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002  # Keras's signature
+        """A stage's `fit` begins, which is not the training, and has forgotten a wish to stop."""
+        if self._stops_at_once and self._stand_in is not None:
+            self._stand_in.stop_training = True
 
     def on_train_end(self, logs: Any = None) -> None:
         """A stage's `fit` ends, which is not the training."""

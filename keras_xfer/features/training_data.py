@@ -2,6 +2,7 @@
 
 import difflib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -71,10 +72,17 @@ class TrainingData:
             self._train = (
                 (x, y, weights) if weights is not None else (x, y) if y is not None else (x,)
             )
+        elif isinstance(x, Iterator) and given["steps_per_epoch"] is None:
+            raise TypeError(
+                "Expected data that can be read in every epoch: arrays, a keras.utils.PyDataset, a "
+                f"tf.data.Dataset, a DataLoader. Received: x={x!r} of type {type(x).__name__}, "
+                "which is used up by one."
+            )
         elif y is not None or weights is not None:
             raise ValueError(
-                "Expected labels and weights inside a dataset. Received: "
-                f"{'y' if y is not None else 'sample_weight'} with x of type {type(x).__name__}."
+                "Expected arrays, or labels and weights inside a dataset. Received: "
+                f"{'y' if y is not None else 'sample_weight'} with x of type {type(x).__name__}. "
+                "Make lists of numbers arrays: numpy.asarray(x)."
             )
         self.validation = validation_data
         if split and validation_data is None:
@@ -127,7 +135,7 @@ class TrainingData:
             self._train,
             views=self._views,
             key=self._key,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if self._is_arrays else None,
             shuffle=self.shuffle,
             seed=self.clock.seed,
             verbose=self._verbose,
@@ -140,7 +148,9 @@ class TrainingData:
                     still,
                     _validation_tuple(self.validation),
                     key=self._key and f"{self._key} (validation)",
-                    batch_size=self.validation_batch_size or self.batch_size,
+                    batch_size=(self.validation_batch_size or self.batch_size)
+                    if _is_arrays(self.validation)
+                    else None,
                     verbose=self._verbose,
                 ),
                 one_trace,
@@ -171,6 +181,11 @@ class TrainingData:
             )
         structure, leaves = describe(self._train), leaves_of(self._train)
         at = int(len(leaves[0]) * (1 - split))
+        if not 0 < at < len(leaves[0]):
+            raise ValueError(
+                "Expected validation_split to leave rows to train and to validate on. Received: "
+                f"validation_split={split!r} with {len(leaves[0])} rows."
+            )
         self.validation = pack(structure, [leaf[at:] for leaf in leaves])
         self._train = pack(structure, [leaf[:at] for leaf in leaves])
 

@@ -25,25 +25,31 @@ _COMPILED = (
 _STEPS = (
     "compute_loss",
     "compute_metrics",
+    "evaluate",
+    "fit",
+    "get_metrics_result",
     "make_test_function",
     "make_train_function",
     "metrics",
+    "reset_metrics",
     "test_step",
     "train_step",
 )
 
 
 def why_no_stand_in(model: keras.Model) -> str | None:
-    """Why nothing can train in place of `model`: it has steps of its own. None where it can."""
-    own = [name for name in _STEPS if getattr(type(model), name) is not _kerass(name)]
-    own += [name for name in _STEPS if name in vars(model)]
-    if own:
-        return f"{type(model).__name__} has a {own[0]} of its own"
+    """Why nothing can train in place of `model`: it has steps or metrics of its own. None where it
+    can."""
+    for name in _STEPS:
+        if name in vars(model) or getattr(type(model), name) is not getattr(keras.Model, name):
+            return f"{type(model).__name__} has a {name} of its own"
+    compiled = [model._loss_tracker, model._compile_metrics]
+    if model._compile_loss is not None:
+        compiled += model._compile_loss.metrics
+    for metric in model.metrics:
+        if not any(metric is each for each in compiled):
+            return f"{model.name!r} has a metric of its own, {metric.name!r}"
     return None
-
-
-def _kerass(name: str) -> Any:
-    return getattr(keras.Model, name)
 
 
 class StandIn(keras.Model):

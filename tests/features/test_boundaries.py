@@ -140,9 +140,9 @@ def test_halves_are_those_of_the_cut():
     x = np.random.default_rng(0).normal(size=(3, 256)).astype("float32")
     found = chosen(model, stage(), stage("d3"), stage("d1"))
     for each, shape in zip(found, [(None, 8), (None, 16), (None, 512)], strict=True):
-        assert each.prefix.output_shape == shape
+        assert each.halves[0].output_shape == shape
         np.testing.assert_allclose(
-            to_numpy(each.suffix(to_numpy(each.prefix(x)))), to_numpy(model(x)), rtol=1e-4
+            to_numpy(each.halves[1](to_numpy(each.halves[0](x)))), to_numpy(model(x)), rtol=1e-4
         )
 
 
@@ -153,8 +153,8 @@ def test_pooling_on_top_of_a_backbone_is_below_the_cut_at_the_head():
     ]
     (found,) = chosen(model_of(base, above=above), stage())
     assert (found.at, found.bytes_per_image) == ("head", 4 * 4)
-    assert found.prefix.output_shape == (None, 4)
-    assert {each.name for each in found.suffix.layers} >= {"top", above[1].name}
+    assert found.halves[0].output_shape == (None, 4)
+    assert {each.name for each in found.halves[1].layers} >= {"top", above[1].name}
     above = [layers.MaxPooling2D(2), layers.Flatten(), layers.Dense(3)]
     (found,) = chosen(model_of(base, above=above), stage())
     assert found.bytes_per_image == 3 * 3 * 4 * 4
@@ -189,7 +189,7 @@ def test_the_choice_is_the_same_again():
 def test_the_choice_is_the_same_for_a_model_made_again():
     def facts(found):
         return [
-            (each.bytes_per_image, each.flops_share, len(each.prefix.weights)) for each in found
+            (each.bytes_per_image, each.flops_share, len(each.halves[0].weights)) for each in found
         ]
 
     def made():
@@ -232,7 +232,7 @@ def test_stages_that_train_the_same_share_their_epochs():
     found = chosen(model_of(stack(WIDTHS)), stage(epochs=1), stage(epochs=1))
     assert [each.at for each in found] == ["head", "head"]
     assert [each.stage for each in found] == [0, 1]
-    assert found[0].prefix is found[1].prefix
+    assert found[0].halves is found[1].halves
 
 
 def test_a_last_stage_without_epochs_lasts_as_long_as_the_fit():
@@ -377,7 +377,7 @@ def test_what_changes_below_a_cut_is_refused_by_name(what, start):
     model = model_of(stack(WIDTHS), make(), shape=(256,))
     (found,) = chosen(model, stage(start))
     assert found == Boundary(0, None, None, None, found.reason)
-    assert (found.prefix, found.suffix) == (None, None)
+    assert found.halves is None
     with pytest.raises(ValueError, match=message) as raised:
         chosen(model, stage(start), mode="always")
     assert found.reason == str(raised.value)

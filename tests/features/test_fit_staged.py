@@ -583,6 +583,8 @@ def test_a_model_with_steps_of_its_own_trains_uncached():
         ({"callbacks": [StagedUnfreezing(SCHEDULE)]}, ValueError, "stages="),
         ({"bach_size": 3}, TypeError, "nearest is 'batch_size'"),
         ({"cache": 3}, TypeError, "Received: cache=3"),
+        ({"validation_split": 0.99}, ValueError, "validation_split=0.99 with 30 rows"),
+        ({"x": [[1.0]], "y": [1]}, ValueError, "numpy.asarray"),
         ({"steps_per_epoch": 3}, ValueError, "steps_per_epoch=3"),
         ({"schedule": [Stage(epochs=1), Stage("all", learning_rate=1e-4)]}, ValueError, "stage 2"),
     ],
