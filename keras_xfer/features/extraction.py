@@ -143,7 +143,7 @@ class Extraction:
 
     def _stored(self, feature: np.ndarray, leaf: Leaf) -> np.ndarray:
         narrowed = leaf.stored == "float16" and leaf.dtype != "float16"
-        if narrowed and feature.size and np.abs(feature).max() > _LARGEST_FLOAT16:
+        if narrowed and (np.abs(feature) > _LARGEST_FLOAT16).any():  # a maximum may be NaN
             raise DoesNotFitError
         return stored(feature, leaf)
 

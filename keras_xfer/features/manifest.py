@@ -139,7 +139,8 @@ class Manifest:
 
     def num_bytes(self) -> int:
         """Bytes of all files that there are."""
-        return sum(size for shard in self.shards.values() for size, _ in shard.files.values())
+        shards = list(self.shards.values())  # which another thread adds to
+        return sum(size for shard in shards for size, _ in list(shard.files.values()))
 
 
 def rows_per_shard(leaves: list[Leaf], rows_per_batch: int) -> int:

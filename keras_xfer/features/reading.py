@@ -92,7 +92,7 @@ def _streamed(source: Source, manifest: Manifest) -> Iterator[Block | ShardEnd]:
         if rows:
             yield ShardEnd(shard, rows, own.hexdigest())
         shard += 1
-    if any(index >= shard for index in manifest.shards):
+    if any(index >= shard for index in list(manifest.shards)):
         raise OrderChangedError
     source.check(whole)
 

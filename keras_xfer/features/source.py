@@ -70,6 +70,11 @@ class Source:
     def check(self, digest: digests.RowsDigest) -> None:
         """Fail where the rows that were read are not those that `content` spoke of."""
 
+    def _named(self, key: str) -> Any:
+        """What tells data that go by a name from others of that name, in JSON."""
+        named = {"key": key, "structure": self.structure, "specs": self._specs}
+        return {**named, "rows": self.num_rows}
+
     def inputs(self) -> Any:
         """Structure, shapes and dtypes of `x`, in JSON."""
         return [self.x_structure, self._specs[: self.x_leaves]]
@@ -114,16 +119,19 @@ class _Fingerprinted(Source):
 
     seeks = True
 
-    def __init__(self, data: Any, name: Callable[[], Any]) -> None:
+    def __init__(self, data: Any, name: Callable[[], Any], key: str | None) -> None:
         self._data = data.in_order()
-        self._name = name
-        self._fingerprint = name()
+        self._name = name if key is None else lambda: key
+        self._key = key
+        self._fingerprint = self._name()
         super().__init__(as_tuple(self._data[0]), self._data.batch_size)
         last = len(self._data) - 1
         tail = len(leaves_of(as_tuple(self._data[last]))[0]) if last else len(self.first[0])
         self.num_rows = last * self._data.batch_size + tail
 
     def content(self) -> Any:
+        if self._key is not None:
+            return self._named(self._key)
         return {"fingerprint": self._fingerprint}
 
     def read(self, first_row: int = 0) -> Iterator[Leaves]:
@@ -159,7 +167,7 @@ class _Batches(Source):
 
     def content(self) -> Any:
         if self._key is not None:
-            return {"key": self._key}
+            return self._named(self._key)
         if self._content is None:
             digest = digests.RowsDigest(ordered=self.ordered)
             for leaves in self.read():
@@ -239,13 +247,13 @@ class _Named(_Arrays):
         self._key = key
 
     def content(self) -> Any:
-        return {"key": self._key}
+        return self._named(self._key)
 
 
 def _of_py_dataset(data: Any, key: str | None) -> Source:
     fingerprint = getattr(data, "fingerprint", None)
     if fingerprint is not None and hasattr(data, "in_order"):
-        return _Fingerprinted(data, fingerprint if key is None else lambda: {"key": key})
+        return _Fingerprinted(data, fingerprint, key)
     try:
         length = data.num_batches
     except NotImplementedError:
@@ -299,6 +307,13 @@ def to_numpy(value: Any) -> np.ndarray:
                 f"Python objects of shape {array.shape} (ragged rows?): {str(value)[:80]}"
             )
         array = np.array(texts).reshape(array.shape)
+    if array.dtype.type is np.void:
+        raise ValueError(
+            "Expected numbers or strings as inputs, labels and sample weights. Received: an array "
+            f"of dtype {array.dtype}; pass each of its fields as an array of its own."
+        )
+    if not array.dtype.isnative:  # JAX and torch take no other order of bytes than the machine's
+        array = array.astype(array.dtype.newbyteorder("="))
     return array
 
 

@@ -9,6 +9,7 @@ directory/
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -33,6 +34,7 @@ LOCKS = ".locks"
 _REMOVED = ".removed-"
 _POLL_SECONDS = 0.05
 _ANNOUNCED_AFTER_SECONDS = 1.0
+_CANNOT_BE_WRITTEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
 
 class Hold:
@@ -208,8 +210,11 @@ class Store:
             return None
         path = self.directory / LOCKS / f"{key}.open"
         for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
-            with contextlib.suppress(OSError):
+            try:
                 return os.open(path, flags, 0o666)
+            except OSError as error:
+                if error.errno not in _CANNOT_BE_WRITTEN:
+                    raise
         return None  # in a folder that can only be read nothing is removed
 
     def _check(self) -> None:
@@ -220,8 +225,9 @@ class Store:
             )
         marker = self.directory / MARKER
         if not marker.exists():
-            ours = {path.name for path in files.temporaries(marker)} | {LOCKS}
-            foreign = [path.name for path in self._listed() if path.name not in ours]
+            # Listed once: another process may be making it meanwhile.
+            ours = (MARKER, f".{MARKER}.tmp-", LOCKS)
+            foreign = [path.name for path in self._listed() if not path.name.startswith(ours)]
             if foreign and not marker.exists():  # nor since it was looked for
                 raise ValueError(
                     "Expected an empty folder, or one that FeatureCache has made. Received: "

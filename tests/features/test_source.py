@@ -107,7 +107,9 @@ def test_a_label_that_moves_to_another_row_is_seen():
 
 def test_a_key_stands_for_the_content():
     assert source_of((X, Y), key="k").content() == source_of((X + 1, Y), key="k").content()
-    assert source_of(Listed([(X, Y)]), key="k").content() == {"key": "k"}
+    assert source_of(Listed([(X, Y)]), key="k").content()["key"] == "k"
+    assert source_of((X, Y), key="k").content() != source_of((X[1:], Y[1:]), key="k").content()
+    assert source_of((X, Y), key="k").content() != source_of(X, key="k").content()
     assert source_of(iter([(X, Y)]), key="k").one_pass
     with pytest.raises(TypeError, match="key=3"):
         source_of(X, key=3)
