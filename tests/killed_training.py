@@ -68,7 +68,7 @@ def schedule():
     )
 
 
-def train(folder):
+def train(folder, cached=False):
     """Train to the end, from wherever the last process came to, and write down what came out."""
     folder = Path(folder)
     keras.utils.set_random_seed(7)
@@ -76,22 +76,23 @@ def train(folder):
     x, y = rng.random((32, 6), "float32"), rng.integers(0, 3, 32)
     data, model = Shuffled(x, y, seed=3), make_model()
     best = keras_xfer.BestCheckpoint(folder / "best.keras", resume=False)
-    history = model.fit(
-        data,
-        validation_data=(x, y),
-        epochs=EPOCHS,
-        verbose=0,
-        callbacks=[
-            keras_xfer.BackupAndRestore(folder / "backup", delete_checkpoint=False),
-            keras.callbacks.LambdaCallback(
-                on_epoch_begin=lambda epoch, logs: setattr(data, "epoch", epoch)
-            ),
-            keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=0.05),
-            schedule(),
-            best,
-            keras_xfer.EpochTiming(),
-        ],
+    tell = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: setattr(data, "epoch", epoch)
     )
+    callbacks = [
+        keras_xfer.BackupAndRestore(folder / "backup", delete_checkpoint=False),
+        keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=0.05),
+        best,
+        keras_xfer.EpochTiming(),
+    ]
+    common = {"validation_data": (x, y), "epochs": EPOCHS, "verbose": 0}
+    if cached:
+        history = keras_xfer.fit_staged(
+            model, x, y, stages=schedule(), cache=folder / "features", boundary="always",
+            batch_size=8, seed=3, callbacks=callbacks, **common,
+        )  # fmt: skip
+    else:
+        history = model.fit(data, callbacks=[tell, schedule(), *callbacks], **common)
     timings = {"epoch_seconds", "train_seconds", "validation_seconds", "first_step_seconds",
                "step_seconds_median", "step_seconds_p95", "samples_per_second"}  # fmt: skip
     logs = {name: values for name, values in history.history.items() if name not in timings}

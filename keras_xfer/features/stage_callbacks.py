@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
+from keras_xfer.retarget.random_state import random_state, set_random_state
 from keras_xfer.retarget.stand_in import StandIn
 
 
@@ -48,12 +49,14 @@ class StageCallbacks(keras.callbacks.CallbackList):
         self._index = 0
         self._last_logs: Any = None
         self._stops_at_once = False
+        self._random: Any = None
 
     def begin(self) -> None:
         """Begin the training."""
         self.model.stop_training = False
         super().on_train_begin()
         self._stops_at_once = bool(self.model.stop_training)
+        self._random = random_state()
 
     def end(self) -> None:
         """End the training."""
@@ -70,6 +73,9 @@ class StageCallbacks(keras.callbacks.CallbackList):
         """A stage's `fit` begins, which is not the training, and has forgotten a wish to stop."""
         if self._stops_at_once and self._stand_in is not None:
             self._stand_in.stop_training = True
+        # What is drawn to compute features and to begin a `fit` is not drawn where they are found,
+        # as in a run that goes on from its backup.
+        set_random_state(self._random)
 
     def on_train_end(self, logs: Any = None) -> None:
         """A stage's `fit` ends, which is not the training."""
@@ -84,5 +90,6 @@ class StageCallbacks(keras.callbacks.CallbackList):
         if self.next_epoch < self.params["epochs"] and not stand_in.stop_training:
             self.stage_is_over = self._schedule.stage_at(self.next_epoch).index != self._index
             stand_in.stop_training = self.stage_is_over
+        self._random = random_state()
         if stand_in.stop_training or self.next_epoch == self.params["epochs"]:
             stand_in.end()

@@ -1,6 +1,7 @@
 """A training that is killed with SIGKILL at random moments, again and again, ends as one that never
 was: the same weights, optimizer slots and History, bit for bit."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -26,8 +27,10 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.killed_training"])
 
-    def start(folder):
-        process = context.Process(target=killed_training.train, args=(str(folder),), daemon=True)
+    def start(folder, cached=False):
+        process = context.Process(
+            target=killed_training.train, args=(str(folder), cached), daemon=True
+        )
         process.start()
         return process
 
@@ -100,6 +103,11 @@ def check_kills(start, tmp_path, count, seed):
 
 def test_some_kills(processes, tmp_path):
     check_kills(processes, tmp_path, 6 if keras.backend.backend() == "tensorflow" else 3, seed=0)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX compiles for long")
+def test_some_kills_of_a_training_on_cached_features(processes, tmp_path):
+    check_kills(functools.partial(processes, cached=True), tmp_path, 3, seed=5)
 
 
 @pytest.mark.slow
