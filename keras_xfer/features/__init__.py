@@ -1,4 +1,19 @@
-"""Never compute a frozen layer twice: `FeatureCache`, `split_model` and `fit_staged`."""
+"""Never compute a frozen layer twice: `FeatureCache`, `split_model` and `fit_staged`.
+
+A model in two:
+- `split`: `split_model`; `live`: what in a prefix acts otherwise while training.
+
+A schedule on cached features:
+- `fit_staged`; `boundaries`: where each stage is cut; `training_data`: what it is fed;
+  `stage_callbacks`: one training to callbacks, several `fit` to Keras.
+
+The cache:
+- `cache`: `FeatureCache`; `dataset`, `tf_dataset`, `order`: `CachedFeatures`, its batches and their
+  order.
+- What an entry is known by: `identity` (layers), `code` (functions), `source` (data), `digests`.
+- How it is computed: `extraction`, `reading`, `progress`, `nesting`.
+- How it lies on disk: `store` (the folder, locks, eviction), `entry` (shards), `manifest`.
+"""
 
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.dataset import CachedFeatures
