@@ -43,8 +43,8 @@ class CachedFeatures(Ordered):
         views: int, how many random passes are stored; epoch `e` serves view `e % views`.
         order: int array, the order of this epoch: batch `i` holds
             `order[i * batch_size : (i + 1) * batch_size]`.
-        epoch: int, the number of passes so far: of `on_epoch_end`, and of complete passes over
-            `as_tf_dataset()`. A run that resumes sets it.
+        epoch: int, the number of complete passes so far, of `fit` or over `as_tf_dataset()`; a
+            loop of one's own over batches calls `on_epoch_end()`. A run that resumes sets it.
 
     Raises:
         ValueError: a `batch_size` below 1, or a `seed` below 0.
@@ -87,7 +87,7 @@ class CachedFeatures(Ordered):
         for index in range(len(self)):
             batch = self.batch_of(self.rows(index, order), epoch)
             if index == len(self) - 1:  # whoever knows the length asks for no more
-                self.on_epoch_end()
+                self.epoch += 1
             yield batch
 
     def batch_of(self, rows: np.ndarray, epoch: int) -> tuple[Any, ...]:
@@ -103,7 +103,7 @@ class CachedFeatures(Ordered):
         on faster.
 
         Order and view are those of `epoch` when a pass begins. A pass that has given its last
-        batch advances `epoch`, as `on_epoch_end` does; one that is left before that, such as the
+        batch advances `epoch`; one that is left before that, such as the
         look that `fit` takes at the first batch, does not.
 
         Args:

@@ -1,6 +1,7 @@
 """`Ordered`: rows in batches, in an order that depends on a seed and the epoch alone."""
 
 import math
+import sys
 from typing import Any
 
 import keras
@@ -48,14 +49,23 @@ class Ordered(keras.utils.PyDataset):
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._epoch = epoch
+        self._asked: set[int] = set()  # which batches of this epoch were asked for
         if self.shuffle:
             self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
         else:
             self.order = np.arange(self.num_samples)
 
     def on_epoch_end(self) -> None:
-        """Draw the next epoch's order."""
-        self.epoch += 1
+        """Draw the next epoch's order, where a pass has ended.
+
+        Keras calls it too when it has looked at the first batch, and once more before every
+        validation; and where `steps_per_epoch` ends an epoch in the middle of a pass. Those are
+        not counted.
+        """
+        if _is_reset():
+            self._asked.clear()
+        elif len(self._asked) in (0, len(self)) or (self.workers and self.use_multiprocessing):
+            self.epoch += 1  # whoever has asked for nothing has asked another process, or says so
 
     def __len__(self) -> int:
         return math.ceil(self.num_samples / self.batch_size)
@@ -64,5 +74,18 @@ class Ordered(keras.utils.PyDataset):
         """The rows of a batch, in the order in force or in another."""
         if not 0 <= index < len(self):
             raise IndexError(f"Expected a batch in [0, {len(self)}). Received: index={index}")
-        order = self.order if order is None else order
+        if order is None:
+            self._asked.add(index)
+            order = self.order
         return order[index * self.batch_size : (index + 1) * self.batch_size]
+
+
+def _is_reset() -> bool:
+    """Whether Keras's trainer calls to begin anew, and not since an epoch has ended, of which it
+    says nothing. Tried on Keras 3.15.1."""
+    frame = sys._getframe(2).f_back  # what has called the adapter, which calls `on_epoch_end`
+    return (
+        frame is not None
+        and frame.f_code.co_name == "reset"
+        and frame.f_globals.get("__name__", "").endswith(".trainers.epoch_iterator")
+    )

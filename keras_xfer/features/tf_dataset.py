@@ -51,9 +51,87 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: boo
 
         def __iter__(self) -> Iterator[Any]:
             if tf.executing_eagerly() and not one_trace:
-                batches = features.one_pass()
-                return (tf.nest.map_structure(tensor, tuples(batch)) for batch in batches)
+                return Pass(self)
             return super().__iter__()
+
+    class Pass:
+        """One pass from Python; in a function of TensorFlow, one of its own iterators."""
+
+        def __init__(self, dataset: Batches) -> None:
+            self._dataset = dataset
+            self._batches = features.one_pass()
+            self._given = 0
+            self._native: Any = None
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Any:
+            if tf.inside_function():
+                return self.native().get_next()
+            if self._native is not None:
+                return next(self._native)
+            batch = tf.nest.map_structure(tensor, tuples(next(self._batches)))
+            self._given += 1
+            return batch
+
+        def get_next(self) -> Any:
+            """The next batch, as `tf.data.Iterator` gives it."""
+            try:
+                return next(self)
+            except StopIteration:
+                raise tf.errors.OutOfRangeError(None, None, "End of sequence") from None
+
+        @property
+        def element_spec(self) -> Any:
+            return self._dataset.element_spec
+
+        def native(self) -> Any:
+            """The iterator that goes on from here: to a graph, a call of Python is a constant."""
+            if self._native is None:
+                if self._given == len(features):
+                    raise tf.errors.OutOfRangeError(None, None, "End of sequence")
+                with tf.init_scope():
+                    self._native = iter(self._dataset.skip(self._given))
+            return self._native
+
+        def __tf_tracing_type__(self, context: Any) -> Any:
+            return PassType(self.native().__tf_tracing_type__(context))
+
+    class PassType(tf.types.experimental.TraceType):
+        """What a function of TensorFlow takes a `Pass` for, so that all are traced once."""
+
+        def __init__(self, native: Any) -> None:
+            self.native = native
+
+        def is_subtype_of(self, other: Any) -> bool:
+            # There is a class of that name for each dataset.
+            return self.native.is_subtype_of(getattr(other, "native", None))
+
+        def most_specific_common_supertype(self, others: Any) -> Any:
+            return self if all(self == other for other in others) else None
+
+        def placeholder_value(self, placeholder_context: Any) -> Any:
+            return self.native.placeholder_value(placeholder_context)
+
+        def to_tensors(self, value: Any) -> Any:
+            native = getattr(value, "native", None)
+            return self.native.to_tensors(value if native is None else native())
+
+        def from_tensors(self, tensors: Any) -> Any:
+            return self.native.from_tensors(tensors)
+
+        def flatten(self) -> Any:
+            return self.native.flatten()
+
+        def cast(self, value: Any, cast_context: Any) -> Any:
+            return self.native.cast(value.native(), cast_context)
+
+        def __eq__(self, other: object) -> bool:
+            return bool(self.native == getattr(other, "native", None))
+
+        def __hash__(self) -> int:
+            return hash(self.native)
 
     return Batches(_pipeline(features, manifest, tf))
 
@@ -78,7 +156,7 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
     def gather(chosen: Any, epoch: Any, is_last: Any) -> Any:
         batch = flatten(alive().batch_of(chosen, int(epoch)))
         if is_last:
-            alive().on_epoch_end()
+            alive().epoch += 1
         return batch
 
     def one_pass(order: Any, epoch: Any) -> Any:
