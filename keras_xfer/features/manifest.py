@@ -14,7 +14,9 @@ from keras_xfer.features import digests
 FORMAT = 1
 FILENAME = "manifest.json"
 
-_MOST_ROWS = 1024
+_MOST_ROWS = 2**14  # what a process that is killed loses
+_ROWS = 1024  # but more of tiny rows, for with every shard the manifest is written
+_BYTES = 4 * 2**20
 _MOST_BYTES = 64 * 2**20
 
 
@@ -146,7 +148,8 @@ class Manifest:
 def rows_per_shard(leaves: list[Leaf], rows_per_batch: int) -> int:
     """How many rows a shard holds: whole batches if that is possible."""
     largest = max(leaf.row_bytes for leaf in leaves)
-    rows = max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, largest)))
+    wanted = max(_ROWS, _BYTES // max(1, sum(leaf.row_bytes for leaf in leaves)))
+    rows = max(1, min(wanted, _MOST_ROWS, _MOST_BYTES // max(1, largest)))
     return max(rows - rows % rows_per_batch, min(rows, rows_per_batch))
 
 
