@@ -21,7 +21,7 @@ from keras_xfer import files
 from keras_xfer.features.manifest import FILENAME, DamagedManifestError, Leaf, Manifest, Shard
 
 # Features that are no more than this are held in memory while they are open.
-IN_MEMORY_BYTES = 2**30
+IN_MEMORY_BYTES = 2**28
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -161,14 +161,20 @@ class Column:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Some rows, in the dtype that is served."""
-        if self.in_memory:
-            stored = np.take(self.whole(), rows, axis=0)
-        else:
-            stored = np.empty((len(rows), *self.leaf.shape), self.leaf.stored)
-            shard, row = np.divmod(rows, self._rows_per_shard)
-            for i, (part, at) in enumerate(zip(shard.tolist(), row.tolist(), strict=True)):
-                stored[i] = self._parts[part][at]  # one copy, straight out of the file
+        stored = np.take(self.whole(), rows, axis=0) if self.in_memory else self._read(rows)
         return served(stored, self.leaf)
+
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows as they are stored, straight out of the files."""
+        shard, row = np.divmod(rows, self._rows_per_shard)
+        count = len(rows)
+        follow = count and shard[0] == shard[-1] and row[-1] - row[0] == count - 1
+        if follow and (np.diff(rows) == 1).all():
+            return self._parts[shard[0]][row[0] : row[0] + count].copy()
+        stored = np.empty((len(rows), *self.leaf.shape), self.leaf.stored)
+        for i, (part, at) in enumerate(zip(shard.tolist(), row.tolist(), strict=True)):
+            stored[i] = self._parts[part][at]  # faster than to group them by shard
+        return stored
 
 
 def served(stored: np.ndarray, leaf: Leaf) -> np.ndarray:

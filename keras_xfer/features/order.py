@@ -1,7 +1,7 @@
 """`Ordered`: rows in batches, in an order that depends on a seed and the epoch alone."""
 
+import inspect
 import math
-import sys
 from typing import Any
 
 import keras
@@ -83,7 +83,9 @@ class Ordered(keras.utils.PyDataset):
 def _is_reset() -> bool:
     """Whether Keras's trainer calls to begin anew, and not since an epoch has ended, of which it
     says nothing. Tried on Keras 3.15.1."""
-    frame = sys._getframe(2).f_back  # what has called the adapter, which calls `on_epoch_end`
+    frame = inspect.currentframe()
+    for _ in range(3):  # `on_epoch_end`, Keras's adapter that calls it, and what calls that
+        frame = frame and frame.f_back
     return (
         frame is not None
         and frame.f_code.co_name == "reset"
