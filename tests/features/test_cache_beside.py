@@ -450,7 +450,9 @@ def test_without_file_descriptors_nothing_that_is_open_is_removed(tmp_path, monk
 
 
 @core
-@defect("the whole manifest is written with every shard; those of tiny rows are few, see _MOST_ROWS")
+@defect(
+    "the whole manifest is written with every shard; those of tiny rows are few, see _MOST_ROWS"
+)
 def test_what_is_written_beside_features_grows_as_they_do(tmp_path, monkeypatch):
     monkeypatch.setattr("keras_xfer.features.manifest._MOST_ROWS", 1)
     write_text = files.write_text
