@@ -51,7 +51,7 @@ class CachedFeatures(Ordered):
 
     Example:
 
-    >>> import tempfile
+    >>> import keras, tempfile
     >>> from keras_xfer.features import FeatureCache
     >>> extractor = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> x, y = np.ones((5, 3), "float32"), np.arange(5)
@@ -120,7 +120,7 @@ class CachedFeatures(Ordered):
 
         Example:
 
-        >>> import tempfile
+        >>> import keras, tempfile
         >>> from keras_xfer.features import FeatureCache
         >>> extractor = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
         >>> data = FeatureCache(tempfile.mkdtemp()).features(extractor, np.ones((5, 3)))
@@ -153,7 +153,7 @@ class CachedFeatures(Ordered):
 
         Example:
 
-        >>> import tempfile
+        >>> import keras, tempfile
         >>> from keras_xfer.features import FeatureCache
         >>> extractor = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
         >>> data = FeatureCache(tempfile.mkdtemp()).features(extractor, np.ones((5, 3)))

@@ -101,14 +101,16 @@ def fit_staged(
     Example:
 
     >>> import numpy as np
-    >>> base = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(3) for _ in range(2))])
+    >>> from keras_xfer import Backbone
+    >>> dense = [keras.layers.Dense(3, name=name) for name in ("low", "high")]
+    >>> base = keras.Sequential([keras.Input((4,)), *dense])
     >>> model = keras.Sequential([keras.Input((4,)), Backbone(base), keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
     >>> schedule = [Stage(epochs=2, learning_rate=1e-3), Stage(-1, epochs=2, learning_rate=1e-4)]
     >>> history = fit_staged(model, x, y, stages=schedule, verbose=0)
     >>> history.history["stage"], [each.at for each in history.boundaries]
-    ([0, 0, 1, 1], ['head', 'before dense_1'])
+    ([0, 0, 1, 1], ['head', 'before high'])
 
     Reference:
         https://keras.io/guides/transfer_learning/

@@ -269,11 +269,14 @@ def _codes(layers: list[keras.Layer]) -> list[Any]:
             for cls in type(layer).__mro__
             if not code.is_of_the_stack(cls.__module__)
         )
+        if type(layer).__module__.partition(".")[0] == "keras_xfer":
+            continue  # its configuration says it all
         # What every layer has is of Keras, or for training.
         codes.extend(
             [name, fingerprint(value)]
             for name, value in sorted(vars(layer).items())
             if not (name in _of_every_layer() or name.startswith(("_self_", "_compile")))
+            and getattr(value, "__module__", None) != freezing.__name__  # it holds back training
             and _has_code(value, layers)
         )
     return codes
