@@ -10,6 +10,7 @@ import keras
 
 from keras_xfer import flops, freezing
 from keras_xfer.blocks import cuts
+from keras_xfer.features.entry import dtype_of
 from keras_xfer.features.live import live_layers, random_layers
 from keras_xfer.features.split import cut_between, split_between
 from keras_xfer.layers.backbone import Backbone
@@ -287,16 +288,8 @@ def _bytes_of(specs: Iterable[Any]) -> int | None:
         shape = tuple(spec.shape)[1:]
         if None in shape:
             return None
-        total += math.prod(shape) * _itemsize(spec.dtype)
+        total += math.prod(shape) * dtype_of(spec.dtype).itemsize
     return total
-
-
-def _itemsize(dtype: Any) -> int:
-    import ml_dtypes  # Keras's own requirement
-    import numpy as np
-
-    name = keras.backend.standardize_dtype(dtype)
-    return int(np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name).itemsize)
 
 
 def _readable(size: float) -> str:

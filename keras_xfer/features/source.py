@@ -217,7 +217,7 @@ def source_of(data: Any, *, batch_size: int | None = None, key: str | None = Non
         if int(data.cardinality()) == -1:  # tf.data.INFINITE_CARDINALITY
             raise _infinite("tf.data.Dataset.repeat()", "take them: data.take(n) batches")
         return _Batches(data.as_numpy_iterator, key)
-    if _is_arrays(data):
+    if is_arrays(data):
         parts = data if isinstance(data, tuple) else (data,)
         source = _Arrays(as_tuple(parts), batch_size)
         return source if key is None else _Named(as_tuple(parts), batch_size, key)
@@ -325,7 +325,8 @@ def _shown(structure: Any, specs: list[list[Any]]) -> str:
     return f"{structure} of rows {', '.join(f'{dtype}{shape}' for shape, dtype in specs)}"
 
 
-def _is_arrays(data: Any) -> bool:
+def is_arrays(data: Any) -> bool:
+    """Whether `data` are arrays, of whatever library and however nested."""
     leaves = flatten(data)
     return bool(leaves) and all(
         hasattr(leaf, "__array__") or hasattr(leaf, "detach") for leaf in leaves

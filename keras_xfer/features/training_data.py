@@ -9,9 +9,9 @@ import keras
 
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.live import Still
-from keras_xfer.features.nesting import describe, flatten, pack
+from keras_xfer.features.nesting import describe, pack
 from keras_xfer.features.order import Ordered
-from keras_xfer.features.source import as_tuple, leaves_of, source_of
+from keras_xfer.features.source import as_tuple, is_arrays, leaves_of, source_of
 
 # Of `Model.fit`, with its defaults.
 _ARGUMENTS: dict[str, Any] = {
@@ -67,7 +67,7 @@ class TrainingData:
         self._key = key
         self._verbose = 0 if verbose == 0 else "auto"
         self._train: Any = x
-        self._is_arrays = _is_arrays(x)
+        self._is_arrays = is_arrays(x)
         if self._is_arrays:
             self._train = (
                 (x, y, weights) if weights is not None else (x, y) if y is not None else (x,)
@@ -93,7 +93,6 @@ class TrainingData:
             seed = random.randrange(2**31)  # noqa: S311  # an order, no secret
         self.clock = Clock(seed)
         self._fed: Any = None
-        self._num_images: int | None = None
 
     def images(self) -> int:
         """How many rows are kept: those of all views, and those of the validation."""
@@ -149,7 +148,7 @@ class TrainingData:
                     _validation_tuple(self.validation),
                     key=self._key and f"{self._key} (validation)",
                     batch_size=(self.validation_batch_size or self.batch_size)
-                    if _is_arrays(self.validation)
+                    if is_arrays(self.validation)
                     else None,
                     verbose=self._verbose,
                 ),
@@ -164,7 +163,7 @@ class TrainingData:
         self.clock.data = ordered if orders else None
         self._fed = train
         arguments = {**self._arguments, "shuffle": shuffle, "initial_epoch": self.initial_epoch}
-        if _is_arrays(validation):  # datasets come in batches
+        if is_arrays(validation):  # datasets come in batches
             arguments["validation_batch_size"] = self.validation_batch_size or self.batch_size
         return {"x": train, "validation_data": validation, **arguments}
 
@@ -236,15 +235,8 @@ def _readable(features: Any, one_trace: bool) -> Any:
     return features.as_tf_dataset(one_trace=one_trace)
 
 
-def _is_arrays(data: Any) -> bool:
-    leaves = flatten(data)
-    return bool(leaves) and all(
-        hasattr(leaf, "__array__") or hasattr(leaf, "detach") for leaf in leaves
-    )
-
-
 def _validation_tuple(data: Any) -> Any:
-    return as_tuple(data) if _is_arrays(data) else data
+    return as_tuple(data) if is_arrays(data) else data
 
 
 def _num_rows(data: Any, batch_size: int | None) -> int:
