@@ -25,7 +25,7 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    from keras_xfer import callbacks, layers, retarget, stages
+    from keras_xfer import callbacks, layers, losses, retarget, stages
     from keras_xfer.callbacks import (
         BackupAndRestore,
         BestCheckpoint,
@@ -37,10 +37,11 @@ if not _is_command():
     from keras_xfer.layers import Backbone, BackbonePreprocessing, HubModule
     from keras_xfer.stages import Stage
 
-_LAZY = ("applications", "features", "images", "reports")
+_LAZY = ("applications", "features", "images", "reports", "tuner")
 _LAZY_NAMES = {
     "CachedFeatures": "features",
     "FeatureCache": "features",
+    "HyperTransfer": "tuner",
     "fit_staged": "features",
     "split_model": "features",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "EpochTiming",
     "FeatureCache",
     "HubModule",
+    "HyperTransfer",
     "LearningRateCurve",
     "Stage",
     "StagedUnfreezing",
@@ -65,10 +67,12 @@ __all__ = [
     "fit_staged",
     "images",
     "layers",
+    "losses",
     "reports",
     "retarget",
     "split_model",
     "stages",
+    "tuner",
 ]
 
 

@@ -18,7 +18,7 @@ from keras_xfer.commands import hub_backbone
 from keras_xfer.commands.caching import FeatureSeconds, RunCache
 from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
 from keras_xfer.features import fit_staged
-from keras_xfer.images import ImageDataset, ImageFolder, class_weights
+from keras_xfer.images import ImageDataset, ImageFolder, class_weights, make_augmentation
 from keras_xfer.layers import Backbone
 from keras_xfer.stages import Stage, planning, stages_from_yaml
 
@@ -479,36 +479,11 @@ def _load_weights(model: keras.Model, recipe: Recipe, size: int) -> None:
 
 
 def _augmentation(recipe: Recipe) -> keras.Sequential | None:
-    """Keras's own layers, which act while training alone."""
     if recipe.augment == "none":
         return None
-    strong = recipe.augment == "strong"
-    shift, zoom = (0.15, 0.2) if strong else (0.1, 0.1)
-    # In float32: float16 has steps of 0.125 near white.
-    seeds = iter(range(recipe.seed, recipe.seed + 9))
-    made: list[keras.layers.Layer] = []
-    if recipe.flip:
-        made.append(keras.layers.RandomFlip("horizontal", seed=next(seeds), dtype="float32"))
-    made.append(
-        keras.layers.RandomTranslation(
-            shift, shift, fill_mode="nearest", seed=next(seeds), dtype="float32"
-        )
-    )
-    made.append(
-        keras.layers.RandomZoom(zoom, fill_mode="nearest", seed=next(seeds), dtype="float32")
-    )
-    if strong:
-        made.append(
-            keras.layers.RandomRotation(
-                0.05, fill_mode="nearest", seed=next(seeds), dtype="float32"
-            )
-        )
-        made.append(
-            keras.layers.RandomShear(
-                0.1, 0.1, fill_mode="nearest", seed=next(seeds), dtype="float32"
-            )
-        )
-    return keras.Sequential(made, name="augmentation")
+    more: dict[str, Any] = {"rotation": 0.05, "shear": 0.1} if recipe.augment == "strong" else {}
+    shift, zoom = (0.15, 0.2) if recipe.augment == "strong" else (0.1, 0.1)
+    return make_augmentation(shift=shift, zoom=zoom, **more, flip=recipe.flip, seed=recipe.seed)
 
 
 def _shorten_batch_norm_memory(model: keras.Model, steps_per_epoch: int) -> None:

@@ -4,6 +4,7 @@
 `load_image` is how each of them is decoded.
 """
 
+from keras_xfer.images.augmentation import make_augmentation
 from keras_xfer.images.dataset import ImageDataset, Sample, class_weights
 from keras_xfer.images.folders import (
     IMAGE_SUFFIXES,
@@ -25,6 +26,7 @@ __all__ = [
     "class_weights",
     "list_images",
     "load_image",
+    "make_augmentation",
     "readable_images",
     "scan",
 ]

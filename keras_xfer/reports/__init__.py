@@ -8,6 +8,7 @@ from keras_xfer.reports.plots import (
     plot_most_wrong,
     plot_timing,
 )
+from keras_xfer.reports.search_plots import plot_objective, plot_parallel_coordinates
 from keras_xfer.reports.tables import (
     classification_table,
     confusion_table,
@@ -25,6 +26,8 @@ __all__ = [
     "plot_confusion",
     "plot_history",
     "plot_most_wrong",
+    "plot_objective",
+    "plot_parallel_coordinates",
     "plot_timing",
     "predict_probabilities",
     "predictions_table",

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from keras_xfer import files
 from keras_xfer.reports import plots, tables
 from keras_xfer.reports._extra import require
+from keras_xfer.reports._numbers import duration
+from keras_xfer.reports.search_section import search_section
+from keras_xfer.reports.trials import read_trials
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +52,9 @@ def write_report(
 
     Everything is inside the page, nothing is loaded from elsewhere. It is made from what lies in
     `run_dir`: `history.csv`, and where they exist `predictions.csv`, `metrics.json`,
-    `labels.json` and `skipped.csv`; what is missing leaves out its section.
+    `labels.json` and `skipped.csv`; what is missing leaves out its section. A hyperparameter
+    search leaves `trials.csv`: its section has figures of the search, the ten best trials, and
+    what the failed ones say. A search alone, without `history.csv`, makes a report too.
 
     Args:
         run_dir: Folder of the run.
@@ -61,7 +66,7 @@ def write_report(
         Path of the written `run_dir/report.html`.
 
     Raises:
-        FileNotFoundError: There is no `history.csv` in `run_dir`.
+        FileNotFoundError: There is neither `history.csv` nor `trials.csv` in `run_dir`.
         ImportError: jinja2, matplotlib or pandas is not installed.
         ValueError: One of the files is not what its name says.
 
@@ -73,12 +78,17 @@ def write_report(
     'report.html'
     """
     run = Path(run_dir)
-    if not (run / "history.csv").is_file():
+    search = read_trials(run / "trials.csv") if (run / "trials.csv").is_file() else None
+    if search is None and not (run / "history.csv").is_file():
         raise FileNotFoundError(
-            f"Expected the folder of a run, with a history.csv. Received: run_dir={str(run)!r}. "
-            "Give the folder that keras-xfer train or demo wrote."
+            "Expected the folder of a run, with a history.csv, or a trials.csv of a search. "
+            f"Received: run_dir={str(run)!r}. Give the folder that keras-xfer train or demo wrote."
         )
-    history = _read_csv(run / "history.csv")
+    # A search in which no trial has completed leaves no history.
+    pd = require("pandas")
+    history = pd.DataFrame()
+    if (run / "history.csv").is_file():
+        history = _read_csv(run / "history.csv")
     skipped = None
     if (run / "skipped.csv").is_file():
         skipped = _read_csv(run / "skipped.csv", text=True)
@@ -92,6 +102,7 @@ def write_report(
         "title": title or run.resolve().name,
         "headlines": _headlines(history, predictions, class_names, skipped),
         "figures": _figures(history, predictions, class_names),
+        "search": None if search is None else _search(search),
         "scores": None,
         "confused": [],
         "mistakes": [],
@@ -178,9 +189,9 @@ def _headlines(
         seconds = history["epoch_seconds"]
         headlines.append(
             Headline(
-                _duration(float(seconds.sum())),
+                duration(float(seconds.sum())),
                 "training time",
-                f"{len(history)} epochs, {_duration(float(seconds.median()))} an epoch (median)",
+                f"{len(history)} epochs, {duration(float(seconds.median()))} an epoch (median)",
             )
         )
     elif len(history):
@@ -211,6 +222,12 @@ def _figures(
             tables.classification_table(predictions, class_names)
         )
     return {name: draw and _svg(draw()) for name, draw in drawings.items()}
+
+
+def _search(trials: "pd.DataFrame") -> dict[str, Any]:
+    section = search_section(trials)
+    drawings = {name: figure and _svg(figure) for name, figure in section["figures"].items()}
+    return {**section, "figures": drawings}
 
 
 def _svg(figure: "Figure") -> str:
@@ -322,14 +339,6 @@ def _interval(right: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
 def _words(key: Any) -> str:
     return str(key).replace("_", " ")
 
@@ -347,7 +356,7 @@ def _text(key: str, value: Any) -> str:
         if "accuracy" in key and 0 <= value <= 1:
             return f"{value:.1%}"
         if key.endswith("seconds"):
-            return _duration(value)
+            return duration(value)
         return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     if isinstance(value, (list, dict)):
         return json.dumps(value, ensure_ascii=False)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_TRAIN, _VALIDATION = _COLORS[0], _COLORS[1]
-_INK, _FAINT = "#333333", "#888888"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_TRAIN, _VALIDATION = COLORS[0], COLORS[1]
+INK, FAINT = "#333333", "#888888"
 _MOST_BARS = 40
 
 
@@ -46,7 +46,7 @@ def plot_history(history: Any) -> "Figure":
     """
     table = _history_table(history)
     metrics = _metrics(table)
-    figure = _figure(9.5, 3.6) if len(metrics) > 1 else _figure(6, 3.6)
+    figure = new_figure(9.5, 3.6) if len(metrics) > 1 else new_figure(6, 3.6)
     epochs = np.arange(1, len(table) + 1)
     marker = "o" if len(table) <= 30 else None
     for i, metric in enumerate(metrics):
@@ -63,8 +63,8 @@ def plot_history(history: Any) -> "Figure":
                 )
         axes.set_xlabel("epoch")
         axes.set_ylabel(metric.replace("_", " "), parse_math=False)
-        _style(axes)
-        _whole_numbers(axes)
+        style(axes)
+        whole_numbers(axes)
         _draw_stages(axes, table)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
@@ -96,7 +96,7 @@ def plot_timing(timing: Any) -> "Figure":
             "Expected a table with the column 'epoch_seconds': train with the callback "
             f"EpochTiming. Received: columns={list(table)}"
         )
-    figure = _figure(6, 3.2)
+    figure = new_figure(6, 3.2)
     axes = figure.add_subplot()
     seconds = table["epoch_seconds"].to_numpy(dtype=float)
     epochs = np.arange(1, len(table) + 1)
@@ -111,14 +111,14 @@ def plot_timing(timing: Any) -> "Figure":
             epochs[own],
             np.nan_to_num(seconds[own]),
             width=0.8,
-            color=_COLORS[i % len(_COLORS)],
+            color=COLORS[i % len(COLORS)],
             label=f"stage {stage + 1}: {median}" if "stage" in table else median,
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("seconds")
     axes.set_xlim(0.4, max(len(table), 1) + 0.6)
-    _style(axes)
-    _whole_numbers(axes)
+    style(axes)
+    whole_numbers(axes)
     if len(table):
         # Above the bars, never on them.
         axes.legend(
@@ -148,10 +148,10 @@ def plot_confusion(table: "pd.DataFrame") -> "Figure":
     """
     counts = table.to_numpy(dtype=float)
     classes = len(counts)
-    names = [_short(name) for name in table.index]
+    names = [short(name) for name in table.index]
     side = float(np.clip(0.42 * classes, 3, 8.5))
     # "compressed" is matplotlib's constrained layout for square axes: it leaves no label outside.
-    figure = _figure(side + 2.2, side + 1.4, layout="compressed")
+    figure = new_figure(side + 2.2, side + 1.4, layout="compressed")
     axes = figure.add_subplot()
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
@@ -160,8 +160,8 @@ def plot_confusion(table: "pd.DataFrame") -> "Figure":
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
         bar.ax.yaxis.set_major_formatter(require("matplotlib.ticker").PercentFormatter(1))
         bar.outline.set_visible(False)
-        bar.set_label("share of the class's images", color=_INK, fontsize=9)
-        bar.ax.tick_params(labelsize=8, color=_FAINT, labelcolor=_INK)
+        bar.set_label("share of the class's images", color=INK, fontsize=9)
+        bar.ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
     # More names than fit are thinned out evenly.
     step = -(-classes // 40)
     ticks = list(range(0, classes, max(step, 1)))
@@ -172,12 +172,12 @@ def plot_confusion(table: "pd.DataFrame") -> "Figure":
     axes.set_yticks(ticks, shown, fontsize=size, parse_math=False)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
-    _style(axes, grid=False)
+    style(axes, grid=False)
     axes.spines[:].set_visible(False)
     if classes <= 20:
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                color = "white" if shares[row, column] > 0.5 else _INK
+                color = "white" if shares[row, column] > 0.5 else INK
                 axes.text(
                     column, row, f"{count:.0f}", ha="center", va="center", color=color, fontsize=8
                 )
@@ -209,20 +209,20 @@ def plot_class_scores(table: "pd.DataFrame") -> "Figure":
     if list(table.index[-2:]) == ["macro avg", "weighted avg"]:
         table = table.iloc[:-2]
     drawn = table.sort_values("f1-score", kind="stable").head(_MOST_BARS)
-    figure = _figure(6.5, 1.3 + 0.26 * max(len(drawn), 2))
+    figure = new_figure(6.5, 1.3 + 0.26 * max(len(drawn), 2))
     axes = figure.add_subplot()
     rows = np.arange(len(drawn))
-    axes.barh(rows, drawn["f1-score"], color=_COLORS[5], height=0.62, label="F1")
+    axes.barh(rows, drawn["f1-score"], color=COLORS[5], height=0.62, label="F1")
     for column, marker, color in (("precision", "D", _TRAIN), ("recall", "o", _VALIDATION)):
         axes.scatter(drawn[column], rows, marker=marker, s=22, color=color, label=column, zorder=3)
-    axes.set_yticks(rows, [_short(name) for name in drawn.index], parse_math=False)
+    axes.set_yticks(rows, [short(name) for name in drawn.index], parse_math=False)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     axes.set_xlim(0, 1.02)
     if len(drawn) < len(table):
         axes.set_xlabel(f"score (the {len(drawn)} lowest of {len(table)} classes)")
     else:
         axes.set_xlabel("score")
-    _style(axes)
+    style(axes)
     axes.grid(visible=False, axis="y")
     if len(drawn):
         axes.legend(
@@ -261,16 +261,16 @@ def plot_most_wrong(
     rows = list(most_wrong(predictions, n).itertuples())
     columns = min(3, len(rows)) or 1
     lines = -(-len(rows) // columns) or 1
-    figure = _figure(2.3 * columns, 2.6 * lines)
+    figure = new_figure(2.3 * columns, 2.6 * lines)
     for i, row in enumerate(rows):
         axes = figure.add_subplot(lines, columns, i + 1)
         picture = thumbnail(Path(root or "", str(row.file)), 200)
         axes.imshow(np.full((1, 1, 3), 221, "uint8") if picture is None else np.asarray(picture))
         axes.set_axis_off()
         axes.set_title(
-            f"{_short(row.prediction, 16)}, {row.probability:.1%}\nis {_short(row.label, 20)}",
+            f"{short(row.prediction, 16)}, {row.probability:.1%}\nis {short(row.label, 20)}",
             fontsize=9,
-            color=_INK,
+            color=INK,
             parse_math=False,
         )
     return figure
@@ -291,25 +291,28 @@ def thumbnail(path: Path, side: int) -> Image.Image | None:
         return None
 
 
-def _figure(width: float, height: float, layout: str = "constrained") -> "Figure":
+def new_figure(width: float, height: float, layout: str = "constrained") -> "Figure":
+    """An empty white figure, its sides in inches, that pyplot does not know of."""
     figure: Figure = require("matplotlib.figure").Figure(
         figsize=(width, height), layout=layout, facecolor="white"
     )
     return figure
 
 
-def _style(axes: Any, *, grid: bool = True) -> None:
+def style(axes: Any, *, grid: bool = True) -> None:
+    """Leave two spines, in grey, and a faint grid behind what is drawn."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(color=_FAINT, labelcolor=_INK)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
     if grid:
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
 
 
-def _whole_numbers(axes: Any) -> None:
+def whole_numbers(axes: Any) -> None:
+    """Put the ticks of the horizontal axis at whole numbers."""
     axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True, nbins=8))
 
 
@@ -321,7 +324,7 @@ def _draw_stages(axes: Any, table: "pd.DataFrame") -> None:
     axes.set_xlim(0.5, len(table) + 0.5)
     for start in starts:
         if start:
-            axes.axvline(start + 0.5, color=_FAINT, linestyle="--", linewidth=1)
+            axes.axvline(start + 0.5, color=FAINT, linestyle="--", linewidth=1)
     if len(starts) <= 8:  # more names would run into each other
         for start, end in zip(starts, [*starts[1:], len(table)], strict=True):
             middle = (start + end) / 2 + 0.5
@@ -334,7 +337,7 @@ def _draw_stages(axes: Any, table: "pd.DataFrame") -> None:
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
-                color=_FAINT,
+                color=FAINT,
             )
 
 
@@ -382,6 +385,7 @@ def _metrics(table: "pd.DataFrame") -> list[str]:
     return ["loss", *metrics[:1]]
 
 
-def _short(name: Any, longest: int = 28) -> str:
+def short(name: Any, longest: int = 28) -> str:
+    """A name on one line, cut to `longest` letters."""
     text = " ".join(str(name).split())
     return text if len(text) <= longest else text[: longest - 1] + "…"

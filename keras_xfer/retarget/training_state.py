@@ -1,6 +1,6 @@
 """The whole state of a training as plain data, and back: weights, flags, optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -55,7 +55,7 @@ def capture(model: keras.Model, *, live_rates: bool = False) -> dict[str, Any]:
     sync(model)
     optimizer = getattr(model, "optimizer", None)
     state = {
-        "variables": [_value(variable) for variable in model.variables],
+        "variables": values_of(model.variables),
         "trainable": freezing.thawed(model, by_place=True),
         "optimizer": None if optimizer is None else _captured(optimizer, model.variables),
         "other_optimizers": {
@@ -102,6 +102,11 @@ def as_data(state: Any) -> Any:
     if isinstance(state, Mapping):
         return {name: as_data(value) for name, value in state.items()}
     return [as_data(each) for each in state] if isinstance(state, list | tuple) else state
+
+
+def values_of(variables: Iterable[Any]) -> list[np.ndarray]:
+    """Copies of the values of Keras variables, which nothing else changes."""
+    return [_value(variable) for variable in variables]
 
 
 def compiled_rate(model: keras.Model) -> Any:

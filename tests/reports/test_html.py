@@ -216,6 +216,122 @@ def test_many_skipped_images_are_cut(tmp_path):
     assert page.text.count("empty file") == 200
 
 
+def write_trials(run, count=14, failed=3, **columns):
+    scores = [0.5 + (i * 5 % 14) / 100 for i in range(count - failed)] + [np.nan] * failed
+    traceback = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    g()\n'
+    errors = [f"{traceback}ValueError: {HOSTILE} is no layer\nmore", "OOM", f"{traceback}OOM: x"]
+    table = pd.DataFrame(
+        {
+            "trial": [f"{i:02}" for i in range(count)],
+            "stage": ["head", f"fine-{HOSTILE}"] * (count // 2) + [""] * (count % 2),
+            "status": ["completed"] * (count - failed) + ["failed"] * failed,
+            "objective": "val_accuracy",
+            "direction": "max",
+            "score": scores,
+            "best_epoch": 1,
+            "epochs": 7,
+            "seconds": 60.25,
+            "hp.learning_rate": [1e-5 * 2**i for i in range(count)],
+            "hp.backbone": [HOSTILE, "$x$"] * (count // 2) + [None] * (count % 2),
+            "hp.constant": "everywhere",
+            "error": [""] * (count - failed) + [errors[i % 3] for i in range(failed)],
+            **columns,
+        }
+    )
+    table.to_csv(run / "trials.csv", index=False)
+    return table
+
+
+SEARCH_FIGURES = {
+    "Score of each trial, and the best so far",
+    "Hyperparameters and score of each completed trial",
+}
+
+
+def test_a_search_has_its_section(run):
+    trials = write_trials(run)
+    page = Page(write_report(run))
+    assert page.open == []
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert set(page.images()) > {*SEARCH_FIGURES, "Loss and metrics by epoch"}
+    assert "14 trials in 14 min 04 s: 11 completed, 3 failed." in page.text
+    section = page.text.partition("What the good trials have in common")[2]
+    table, _, rest = section.partition("3 failed trials")
+    words = table.split()
+    best = trials.sort_values("score", ascending=False, kind="stable")[:10]
+    assert [word for word in words if re.fullmatch(r"0\.[56]\d*", word)] == [
+        f"{score:.4g}" for score in best["score"]
+    ]
+    assert [word for word in words if re.fullmatch(r"\d\d", word) and word != "10"] == [
+        trial for trial in best["trial"] if trial != "10"
+    ]
+    assert words.count("60.2") == words.count("7") == 10
+    assert {"learning_rate", "backbone", "$x$", HOSTILE} <= set(words)
+    assert "constant" not in words
+    assert "everywhere" not in words
+    errors = rest.partition("Learning curves")[0]
+    assert f"ValueError: {HOSTILE} is no layer" in errors
+    assert "OOM: x" in errors
+    assert "more" not in errors
+    assert "Traceback" not in errors
+    assert "trials.csv, history.csv" in page.text
+
+
+def test_errors_are_counted_and_cut(tmp_path):
+    errors = ["one"] * 3 + ["", ""] + [f"error {i}" for i in range(12)]
+    write_trials(tmp_path, 20, 17, error=["noise"] * 3 + errors)
+    page = Page(write_report(tmp_path))
+    rows = page.text.partition("17 failed trials")[2].split()
+    assert rows[:9] == ["trials", "error", "3", "one", "2", "no", "error", "was", "noted"]
+    assert "4 more errors in trials.csv" in page.text
+    assert "noise" not in page.text
+
+
+def test_a_search_without_a_result_says_so(tmp_path):
+    write_trials(tmp_path, 3, 3)
+    page = Page(write_report(tmp_path))
+    assert "3 trials in 3 min 01 s: 0 completed, 3 failed." in page.text
+    assert "No trial has completed" in page.text
+    assert page.images() == {}
+    assert "OOM: x" in page.text
+    (tmp_path / "trials.csv").write_text("trial,status,objective,direction,score\n")
+    assert "0 trials: 0 completed." in Page(write_report(tmp_path)).text
+
+
+def test_a_search_in_which_nothing_varies(tmp_path):
+    write_trials(tmp_path, 1, 0)
+    page = Page(write_report(tmp_path))
+    assert set(page.images()) == {"Score of each trial, and the best so far"}
+    assert "1 trial in 1 min 00 s: 1 completed." in page.text
+
+
+def test_inactive_values_and_unknown_ones_in_the_table_of_trials(tmp_path):
+    rates = [1e-4, np.nan, *[1e-3] * 2]
+    write_trials(tmp_path, 4, 0, epochs=[1, None, 1, 1], **{"hp.learning_rate": rates})
+    cells = Page(write_report(tmp_path)).text.partition("Trials, the best first")[2].split()
+    assert cells.count("\N{EN DASH}") == 1
+    assert cells.count("1e-4") == 1
+    assert "nan" not in cells
+
+
+def test_a_trials_csv_of_something_else(run):
+    (run / "trials.csv").write_text("epoch,loss\n0,1.0\n")
+    with pytest.raises(ValueError, match=r"are missing.*trials\.csv' with the columns"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_run_without_a_search_has_no_trace_of_one(run):
+    page = Page(write_report(run))
+    assert not SEARCH_FIGURES & set(page.images())
+    assert "Search" not in page.text
+    assert "trials" not in page.text
+    write_trials(run)
+    write_report(run)
+    (run / "trials.csv").unlink()
+    assert Page(write_report(run)).text == page.text
+
+
 def test_a_failure_leaves_the_old_report(run, monkeypatch):
     write_report(run)
     before = (run / "report.html").read_bytes()

@@ -1,0 +1,522 @@
+"""`HyperTransfer`: transfer learning as a KerasTuner hypermodel."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+import keras_tuner
+import numpy as np
+
+from keras_xfer import freezing
+from keras_xfer.callbacks.epoch_timing import EpochTiming
+from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
+from keras_xfer.features import FeatureCache, fit_staged
+from keras_xfer.images import make_augmentation
+from keras_xfer.layers import Backbone, BackbonePreprocessing
+from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
+from keras_xfer.stages import Stage
+from keras_xfer.tuner.backbones import Backbones, Shape, Taken
+from keras_xfer.tuner.space import TUNED, SearchSpace
+from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint
+
+# What KerasTuner's Hyperband, and the funnel, say of a trial.
+_PARENT, _EPOCHS, _BEGINS = "tuner/trial_id", "tuner/epochs", "tuner/initial_epoch"
+_HEAD_EPOCHS = "tuner/head_epochs"
+
+_OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "adam": keras.optimizers.Adam,
+    "adamw": keras.optimizers.AdamW,
+    "rmsprop": keras.optimizers.RMSprop,
+    "sgd": lambda **kwargs: keras.optimizers.SGD(momentum=0.9, **kwargs),
+}
+_FIT_ARGUMENTS = (
+    "x",
+    "y",
+    "batch_size",
+    "epochs",
+    "verbose",
+)  # by position, as `Model.fit` takes them
+
+
+class HyperTransfer(keras_tuner.HyperModel):
+    """Transfer learning as a hypermodel: images in, a fine-tuned model out.
+
+    KerasTuner's own hypermodels train from scratch. This one takes pretrained backbones, brings
+    images into the range that each was trained on, freezes it, trains a head, and thaws the top at
+    a rate of its own with BatchNormalization held to a policy, in one `fit` a trial. With a `cache`
+    the frozen layers are computed once for all trials and all workers that share its folder.
+
+    It works with each of KerasTuner's tuners and with your own. Every trial begins with the
+    backbone's own weights, bit for bit, and its checkpoint is the whole model. A trial that goes on
+    from another (Hyperband) goes on with the optimizer's state, the stage and the seeds too.
+
+    Args:
+        num_classes: int, units of the output. 1 is binary classification with labels 0 and 1 by a
+            sigmoid; more, by a softmax, take integers (or one-hot labels, see `label_mode`). With
+            `task="regression"`, the number of values to predict.
+        backbones: what to choose from: names of keras.applications, built models or
+            `keras_xfer.Backbone`s, handles or paths of SavedModels, functions that return one of
+            these (with an argument `input_shape`, if they have it, and `hp`); a list, or a dict by
+            name. Defaults to `("MobileNetV2",)`.
+        input_shape: tuple `(height, width, channels)` of the images, of values in [0, 255]; None:
+            any size; they are resized in the model to what the backbone was trained on.
+        weights: of keras.applications: `"imagenet"`, None (random) or a path.
+        cache: `keras_xfer.FeatureCache`, the path of its folder, or None: the frozen layers are
+            computed in every epoch. Defaults to `None`.
+        max_stages: int, the most stages: 1 trains the head alone, with more the backbone thaws in
+            this number of steps less one. Defaults to 2.
+        tune: names of the hyperparameters that are searched: `backbone`, `image_size` (needs
+            `space`), `augment` (strength, 0 to 1), `pooling`, `head_layers`, `head_units`,
+            `dropout`, `label_smoothing`, `optimizer`, `learning_rate` (of the head),
+            `weight_decay`, `batch_size` (of arrays), `warmup_epochs`, `stages`, `head_epochs` (of
+            the first stage), `unfreeze` (the share of the backbone's blocks), `layer_decay`,
+            `backbone_learning_rate`, `batch_norm`. The others keep their usual values.
+        name: str or None, of the hypermodel.
+        space: mapping of these names to a value, which fixes it; a list, which is chosen from; or a
+            tuple `(low, high)`. What has a list or a range is searched, whatever `tune` says.
+            `unfreeze` takes any `start` of `Backbone.unfreeze` too.
+        task: `"classification"` or `"regression"`.
+        label_mode: `"int"` or `"categorical"` (one-hot), of the labels of more than two classes,
+            as `keras.utils.image_dataset_from_directory` calls them. Defaults to `"int"`.
+        head: function of `hp` and the features `(B, C)` that returns the output, in place of the
+            head with `head_layers`, `head_units` and `dropout`.
+        loss: in place of the usual loss, as of `Model.compile`.
+        metrics: list, in place of the usual metrics, as of `Model.compile`.
+        flip: bool, whether augmentation may mirror images. Defaults to `True`.
+        views: int, with `cache` and augmentation: how many augmented passes of each image are kept,
+            see `keras_xfer.fit_staged`. Defaults to 1: what is augmented is not cached.
+        dtype_policy: str, such as `"mixed_float16"`; None: the one in force now. (KerasTuner resets
+            it before each trial.)
+
+    Raises:
+        TypeError: a backbone, or a value of `space`, is of another kind.
+        ValueError: an argument is out of its range, or there is no such hyperparameter or
+            application; the nearest is named.
+
+    Example:
+
+    >>> import tempfile
+    >>> def tiny(input_shape):
+    ...     convolution = keras.layers.Conv2D(4, 3, strides=2, name="conv")
+    ...     return keras.Sequential([keras.Input(input_shape), convolution])
+    >>> hypermodel = HyperTransfer(3, backbones=[tiny], input_shape=(8, 8, 3))
+    >>> tuner = keras_tuner.RandomSearch(
+    ...     hypermodel, "val_accuracy", max_trials=2, directory=tempfile.mkdtemp()
+    ... )
+    >>> images, labels = 255 * np.random.rand(12, 8, 8, 3), np.arange(12) % 3
+    >>> tuner.search(images, labels, validation_data=(images, labels), epochs=2, verbose=0)
+    >>> tuner.get_best_models()[0].output_shape
+    (None, 3)
+
+    Reference:
+        https://keras.io/keras_tuner/api/hypermodels/
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbones: Any = ("MobileNetV2",),
+        input_shape: Shape | None = None,
+        weights: str | os.PathLike[str] | None = "imagenet",
+        cache: FeatureCache | str | os.PathLike[str] | None = None,
+        max_stages: int = 2,
+        tune: Sequence[str] = TUNED,
+        name: str | None = None,
+        space: Mapping[str, Any] | None = None,
+        task: Literal["classification", "regression"] = "classification",
+        label_mode: Literal["int", "categorical"] = "int",
+        head: Callable[[Any, Any], Any] | None = None,
+        loss: Any = None,
+        metrics: Any = None,
+        flip: bool = True,
+        views: int = 1,
+        dtype_policy: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        _check_count("num_classes", num_classes)
+        _check_count("max_stages", max_stages)
+        _check_count("views", views)
+        _check_choice("task", task, ("classification", "regression"))
+        _check_choice("label_mode", label_mode, ("int", "categorical"))
+        self.num_classes = num_classes
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        if self.input_shape is not None and len(self.input_shape) != 3:
+            raise ValueError(
+                "Expected input_shape to be (height, width, channels). "
+                f"Received: input_shape={input_shape!r}."
+            )
+        self.max_stages = max_stages
+        self.task = task
+        self.label_mode = label_mode
+        self.head = head
+        self.loss = loss
+        self.metrics = metrics
+        self.flip = flip
+        self.views = views
+        self.dtype_policy = dtype_policy or keras.config.dtype_policy().name
+        self.cache = FeatureCache(cache) if isinstance(cache, str | os.PathLike) else cache
+        if self.cache is not None and not isinstance(self.cache, FeatureCache):
+            raise TypeError(
+                "Expected cache to be a keras_xfer.FeatureCache, the path of a folder, or None. "
+                f"Received: cache={cache!r}."
+            )
+        self._backbones = Backbones(backbones, weights)
+        self._space = SearchSpace(self._backbones.names, max_stages, tune, space)
+        self._space.without_maps(self._backbones.without_maps())
+
+    # --- KerasTuner's three methods ----------------------------------------------------------
+
+    def declare_hyperparameters(self, hp: Any) -> None:
+        """Declare everything that is searched.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+        """
+        self._space.values(hp)
+
+    def build(self, hp: Any) -> keras.Model:
+        """Build and compile the model of a trial.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+
+        Returns:
+            keras.Model, images `(B, height, width, channels)` of range [0, 255] in, probabilities
+            `(B, num_classes)` (or the values of a regression) out; the backbone, named
+            `"backbone"`, frozen.
+        """
+        values = self._space.values(hp)
+        with _dtype_policy(self.dtype_policy):
+            model = self._model(hp, values)
+            self._compile(model, values)
+        return model
+
+    def fit(self, hp: Any, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        """Train the model of a trial by its schedule.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+            model: what `build` returned.
+            *args: as of `Model.fit`: `x`, `y`.
+            **kwargs: as of `Model.fit`.
+
+        Returns:
+            keras.callbacks.History of all stages.
+
+        Raises:
+            ValueError: `batch_size` is searched and the data come in batches, or the labels are
+                not what the model was told.
+        """
+        kwargs = {**dict(zip(_FIT_ARGUMENTS, args, strict=False)), **kwargs}
+        values = self._space.values(hp)
+        self._check_data(kwargs)
+        if values["batch_size"] is not None:
+            kwargs["batch_size"] = _batch_size(values["batch_size"], kwargs)
+        callbacks = list(keras.tree.flatten(kwargs.pop("callbacks", None) or []))
+        trial = _trial(callbacks)
+        schedule = StagedUnfreezing(
+            self.stages(hp, model, epochs=_all_epochs(hp, trial, kwargs)), backbone="backbone"
+        )
+        callbacks = [EpochTiming(), *self._kept(hp, model, trial, callbacks)]
+        if self.cache is None:
+            return model.fit(**kwargs, callbacks=[callbacks[0], schedule, *callbacks[1:]])
+        return fit_staged(
+            model,
+            **kwargs,
+            stages=schedule,
+            cache=self.cache,
+            views=self.views if values["augment"] else 1,
+            callbacks=callbacks,
+        )
+
+    # --- The schedule ------------------------------------------------------------------------
+
+    def stages(self, hp: Any, model: keras.Model, *, epochs: int) -> list[Stage]:
+        """The schedule of a trial.
+
+        The head trains for `head_epochs`, or a third of the epochs where nothing is said of them;
+        each further stage thaws more of the backbone, for the same number of the remaining epochs.
+        By the epochs of the whole search, so it is the same in every round of Hyperband.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+            model: what `build` returned.
+            epochs: int, of the trial, in all of its rounds.
+
+        Returns:
+            list of `keras_xfer.Stage`.
+
+        Example:
+
+        >>> base = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+        >>> hypermodel = HyperTransfer(3, backbones={"base": base}, input_shape=(8, 8, 3))
+        >>> hp = keras_tuner.HyperParameters()
+        >>> [each.epochs for each in hypermodel.stages(hp, hypermodel.build(hp), epochs=9)]
+        [3, None]
+        """
+        values = self._space.values(hp)
+        rate, backbone_rate = values["learning_rate"], values["backbone_learning_rate"]
+        backbone: Any = freezing.find_backbone(model, "backbone")
+        count = min(values["stages"], epochs) if _can_thaw(backbone) else 1
+        if count == 1 and _HEAD_EPOCHS not in hp.values:
+            return [_stage(None, None, values, rate, "head")]
+        head_epochs = hp.values.get(_HEAD_EPOCHS) or values["head_epochs"]
+        head_epochs = min(head_epochs or math.ceil(epochs / 3), max(1, epochs - (count - 1)))
+        stages = [_stage(None, head_epochs, values, rate, "head")]
+        more = count - 1
+        each_epochs = math.ceil((epochs - head_epochs) / more) if more else None
+        for index in range(1, count):
+            start = _start(backbone, values["unfreeze"], index / more)
+            stages.append(
+                _stage(
+                    start,
+                    each_epochs if index < more else None,
+                    values,
+                    {"head": rate, "backbone": backbone_rate},
+                    "fine-tuning" if more == 1 else f"fine-tuning {index}",
+                    layer_decay=values["layer_decay"],
+                )
+            )
+        return stages
+
+    # --- Building ----------------------------------------------------------------------------
+
+    def _model(self, hp: Any, values: Mapping[str, Any]) -> keras.Model:
+        size = values["image_size"]
+        shape: Shape = self.input_shape or _any_size(3)
+        wanted: Shape | None = shape if None not in shape else None
+        if size is not None:
+            wanted = (size, size, shape[-1])
+        taken = self._backbones.take(
+            values["backbone"],
+            wanted,
+            batch_norm=values["batch_norm"],
+            pooling=values["pooling"],
+            hp=hp,
+        )
+        inputs = keras.Input(shape, name="images")
+        x = inputs
+        if values["augment"]:
+            strength = values["augment"]
+            x = make_augmentation(
+                shift=0.15 * strength,
+                zoom=0.2 * strength,
+                rotation=0.05 * strength,
+                shear=0.1 * strength,
+                flip=self.flip,
+            )(x)
+        for layer in _preprocessing(taken, shape):
+            x = layer(x)
+        features = taken.backbone(x)
+        outputs = self._head(hp, values, features) if self.head is None else self.head(hp, features)
+        return keras.Model(inputs, outputs, name=self.name or "hyper_transfer")
+
+    def _head(self, hp: Any, values: Mapping[str, Any], features: Any) -> Any:  # noqa: ARG002
+        if len(features.shape) != 2:
+            raise ValueError(
+                "Expected a backbone that gives a vector (B, C) or a feature map (B, H, W, C) for "
+                f"an image. Received: backbone {values['backbone']!r}, which gives "
+                f"{features.shape}. Give head=, a function of hp and these features."
+            )
+        x = features
+        for index in range(values["head_layers"]):
+            x = keras.layers.Dense(
+                values["head_units"], activation="relu", name=f"head_{index + 1}"
+            )(x)
+        x = keras.layers.Dropout(values["dropout"], name="head_dropout")(x)
+        activation = None
+        if self.task == "classification":
+            activation = "sigmoid" if self.num_classes == 1 else "softmax"
+        # float32 whatever the policy: float16 rounds the loss.
+        return keras.layers.Dense(
+            self.num_classes, activation=activation, dtype="float32", name="predictions"
+        )(x)
+
+    def _compile(self, model: keras.Model, values: Mapping[str, Any]) -> None:
+        loss, metrics = self._loss_and_metrics(values["label_smoothing"])
+        make = _OPTIMIZERS.get(values["optimizer"])
+        if make is None:
+            make = type(keras.optimizers.get(values["optimizer"]))
+        decay = values["weight_decay"]
+        model.compile(
+            optimizer=make(
+                learning_rate=values["learning_rate"],
+                **({} if decay is None else {"weight_decay": decay}),
+            ),
+            loss=loss if self.loss is None else self.loss,
+            metrics=metrics if self.metrics is None else self.metrics,
+            # XLA on CPU was 8 to 20 times slower under TensorFlow; JAX is nothing without it.
+            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+        )
+
+    def _loss_and_metrics(self, smoothing: float) -> tuple[Any, list[Any]]:
+        losses, metrics = keras.losses, keras.metrics
+        if self.task == "regression":
+            return losses.MeanSquaredError(), [metrics.MeanAbsoluteError(name="mae")]
+        if self.num_classes == 1:
+            return (
+                losses.BinaryCrossentropy(label_smoothing=smoothing),
+                [metrics.BinaryAccuracy(name="accuracy")],
+            )
+        if self.label_mode == "categorical":
+            return (
+                losses.CategoricalCrossentropy(label_smoothing=smoothing),
+                [metrics.CategoricalAccuracy(name="accuracy")],
+            )
+        loss = losses.SparseCategoricalCrossentropy()
+        if smoothing:
+            loss = SmoothedSparseCategoricalCrossentropy(smoothing)
+        # By its class: "accuracy" would be resolved by shapes, and counted apart for two classes.
+        return loss, [metrics.SparseCategoricalAccuracy(name="accuracy")]
+
+    # --- Fitting -----------------------------------------------------------------------------
+
+    def _kept(self, hp: Any, model: keras.Model, trial: Any, callbacks: Sequence[Any]) -> list[Any]:
+        """The callbacks of a trial, with those that keep what it leaves."""
+        backbone: Any = freezing.find_backbone(model, "backbone")
+        goes_on = _PARENT in hp.values
+        pristine = self._backbones.pristine_of(backbone)
+        light = None
+        if trial is not None and getattr(trial.tuner, "builds_what_is_pristine", False):
+            light = Path(trial.tuner.get_trial_dir(trial.trial.trial_id))
+        kept = [
+            BestEpoch(each, backbone, None if goes_on and light is None else pristine, light)
+            if is_checkpoint(each)
+            else each
+            for each in callbacks
+        ]
+        if trial is not None and (_EPOCHS in hp.values or goes_on):
+            folder = Path(trial.tuner.get_trial_dir(trial.trial.trial_id))
+            parent = None
+            if goes_on:
+                parent = Path(trial.tuner.get_trial_dir(hp.values[_PARENT])) / STATE
+                parent = parent if parent.exists() else None
+            kept.append(
+                Rounds(
+                    backbone,
+                    pristine if light is not None else None,
+                    begin_with=parent,
+                    leave=folder / STATE,
+                )
+            )
+        return kept
+
+    def _check_data(self, kwargs: Mapping[str, Any]) -> None:
+        """Tell what would fail in the first step by a message about shapes."""
+        labels = kwargs.get("y")
+        shape = getattr(labels, "shape", None)
+        if shape is None or self.task != "classification" or self.loss is not None:
+            return
+        one_hot = len(shape) == 2 and shape[1] == self.num_classes > 1
+        wants_one_hot = self.num_classes > 1 and self.label_mode == "categorical"
+        if one_hot != wants_one_hot:
+            kind = "one-hot labels" if one_hot else "integers"
+            mode = "categorical" if one_hot else "int"
+            raise ValueError(
+                f"Expected labels of label_mode={self.label_mode!r}. Received: y of shape "
+                f"{tuple(shape)}, which looks like {kind}: pass label_mode={mode!r} to "
+                "HyperTransfer."
+            )
+
+
+def _stage(
+    start: Any, epochs: int | None, values: Mapping[str, Any], rate: Any, name: str, **more: Any
+) -> Stage:
+    warmup = values["warmup_epochs"]
+    return Stage(
+        start,
+        epochs=epochs,
+        learning_rate=rate,
+        warmup_epochs=warmup if epochs is None else min(warmup, epochs),
+        name=name,
+        **more,
+    )
+
+
+def _start(backbone: Backbone, unfreeze: Any, share: float) -> Any:
+    """Where thawing begins in a stage that thaws a `share` of what the last one does."""
+    if not isinstance(unfreeze, float) and (share == 1 or not isinstance(unfreeze, str)):
+        return unfreeze
+    blocks = backbone.blocks
+    if isinstance(unfreeze, str):
+        names = [block.name for block in blocks]
+        if unfreeze != "all" and unfreeze not in names:
+            return unfreeze
+        thawed = len(names) - (0 if unfreeze == "all" else names.index(unfreeze))
+    else:
+        thawed = math.ceil(unfreeze * len(blocks))
+    thawed = max(1, math.ceil(thawed * share))
+    return "all" if thawed >= len(blocks) else blocks[-thawed].name
+
+
+def _can_thaw(backbone: Backbone) -> bool:
+    try:
+        freezing.select(backbone.model, "all", batch_norm=backbone.batch_norm)
+    except ValueError:  # a SavedModel that cannot be trained, or nothing to train
+        return False
+    return not getattr(backbone.model, "why_not_trainable", None)
+
+
+def _preprocessing(taken: Taken, shape: Shape) -> list[keras.layers.Layer]:
+    """What brings images of `shape` to what the backbone takes."""
+    size = taken.input_shape[:2]
+    if keras.config.image_data_format() == "channels_first":
+        size = taken.input_shape[1:]
+    is_right = taken.input_shape == shape or None in size
+    resize: dict[str, Any] = {} if is_right else {"image_size": size}
+    if taken.preprocessing is not None:
+        return [taken.preprocessing(**resize)]
+    return [BackbonePreprocessing(1.0, 0.0, **resize)] if resize else []
+
+
+def _any_size(channels: int) -> Shape:
+    if keras.config.image_data_format() == "channels_first":
+        return (channels, None, None)
+    return (None, None, channels)
+
+
+def _trial(callbacks: Sequence[Any]) -> Any:
+    """KerasTuner's callback that knows the tuner and the trial; None outside of a tuner."""
+    return next((c for c in callbacks if hasattr(c, "tuner") and hasattr(c, "trial")), None)
+
+
+def _all_epochs(hp: Any, trial: Any, kwargs: Mapping[str, Any]) -> int:
+    """How long a trial may become, over all of its rounds."""
+    rounds = getattr(getattr(trial, "tuner", None), "oracle", None)
+    if _EPOCHS in hp.values and getattr(rounds, "max_epochs", None):
+        return int(rounds.max_epochs)  # type: ignore[union-attr]  # None has none
+    return int(kwargs.get("epochs", 1))
+
+
+def _batch_size(batch_size: int, kwargs: Mapping[str, Any]) -> int:
+    if kwargs.get("y") is None:
+        raise ValueError(
+            "Expected arrays, where batch_size is a hyperparameter. Received: data that come in "
+            f"batches, x={type(kwargs.get('x')).__name__}. Leave batch_size out of tune and space."
+        )
+    return batch_size
+
+
+@contextlib.contextmanager
+def _dtype_policy(policy: str) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"Expected {name} of at least 1. Received: {name}={value!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected {name} to be one of {choices}. Received: {name}={value!r}.")

@@ -1,0 +1,247 @@
+"""The search space: every hyperparameter of transfer learning, which of them are searched, and when."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A hyperparameter, and the values that are searched where nothing else is said.
+
+    Args:
+        name: str.
+        default: its value where it is not searched.
+        low: number, the least value; None for a choice.
+        high: number, the greatest value; None for a choice.
+        step: number or None, the distance of values.
+        log: bool, whether values are drawn by their logarithm.
+        choices: the values of a choice, in order.
+        of: `"stages"` where it acts once the backbone thaws, `"head_layers"` where the head has
+            hidden layers, `"maps"` where the backbone gives feature maps, None always.
+    """
+
+    name: str
+    default: Any = None
+    _: dataclasses.KW_ONLY
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    log: bool = False
+    choices: Sequence[Any] = ()
+    of: str | None = None
+
+
+PARAMETERS = (
+    Parameter("backbone"),
+    Parameter("image_size"),
+    Parameter("augment", 0.0, low=0.0, high=1.0, step=0.25),
+    Parameter("pooling", "avg", choices=("avg", "max"), of="maps"),
+    Parameter("head_layers", 0, low=0, high=2, step=1),
+    Parameter("head_units", 256, low=64, high=512, step=64, of="head_layers"),
+    Parameter("dropout", 0.2, low=0.0, high=0.5, step=0.1),
+    Parameter("label_smoothing", 0.0, low=0.0, high=0.2, step=0.05),
+    Parameter("optimizer", "adam", choices=("adam", "adamw", "rmsprop", "sgd")),
+    Parameter("learning_rate", 1e-3, low=1e-4, high=1e-2, log=True),
+    Parameter("weight_decay", None, low=1e-6, high=1e-2, log=True),
+    Parameter("batch_size", None, choices=(16, 32, 64)),
+    Parameter("warmup_epochs", 0, low=0, high=2, step=1),
+    Parameter("stages", None, low=1, step=1),
+    Parameter("head_epochs", None, low=2, high=10, step=1, of="stages"),
+    Parameter("unfreeze", 0.25, choices=(0.1, 0.25, 0.5, 1.0), of="stages"),
+    Parameter("backbone_learning_rate", None, low=1e-6, high=1e-3, log=True, of="stages"),
+    Parameter("layer_decay", 1.0, low=0.7, high=1.0, step=0.05, of="stages"),
+    Parameter("batch_norm", "frozen", choices=("frozen", "affine", "train"), of="stages"),
+)
+NAMES = tuple(parameter.name for parameter in PARAMETERS)
+TUNED = (
+    "backbone",
+    "pooling",
+    "head_layers",
+    "head_units",
+    "dropout",
+    "optimizer",
+    "learning_rate",
+    "unfreeze",
+    "backbone_learning_rate",
+    "batch_norm",
+)
+
+
+class SearchSpace:
+    """Which hyperparameters are searched, over what, and what the others are.
+
+    Args:
+        backbones: names of the backbones to choose from.
+        max_stages: int >= 1, the most stages.
+        tune: names of the hyperparameters that are searched.
+        space: mapping of names to what is to hold in place of their usual values: a single value
+            fixes one, a list chooses among these, a tuple `(low, high)` narrows a range.
+
+    Raises:
+        TypeError: a value of `space` is of another kind.
+        ValueError: there is no such hyperparameter (the nearest is named), or a range is empty.
+    """
+
+    def __init__(
+        self,
+        backbones: Sequence[str],
+        max_stages: int,
+        tune: Iterable[str],
+        space: Mapping[str, Any] | None,
+    ) -> None:
+        tune, told = tuple(tune), dict(space or {})
+        for name in (*tune, *told):
+            _check_name(name)
+        self._maps: list[str] = list(backbones)
+        own: dict[str, dict[str, Any]] = {
+            "backbone": {"choices": tuple(backbones), "default": backbones[0]},
+            "stages": {"high": max_stages, "default": max_stages},
+        }
+        self.parameters: dict[str, Parameter] = {}
+        self.searched: set[str] = set()
+        for each in PARAMETERS:
+            parameter = dataclasses.replace(each, **own.get(each.name, {}))
+            is_searched = each.name in tune
+            if each.name in told:
+                parameter, is_searched = _told(parameter, told[each.name])
+            elif is_searched and not parameter.choices and parameter.low is None:
+                raise ValueError(
+                    f"Expected what {each.name} may be, which has no usual values. Received: "
+                    f"tune with {each.name!r}: give space={{{each.name!r}: [...]}} too."
+                )
+            self.parameters[each.name] = parameter
+            if is_searched and not _is_constant(parameter):
+                self.searched.add(each.name)
+        _check_backbone(self.parameters["backbone"], backbones)
+
+    def without_maps(self, backbones: Iterable[str]) -> None:
+        """Say which backbones give no feature maps, so that there is nothing to pool."""
+        self._maps = [name for name in self._maps if name not in set(backbones)]
+
+    def values(self, hp: Any) -> dict[str, Any]:
+        """Declare what is searched and return the value of every hyperparameter.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+
+        Returns:
+            dict of name to value; of one that does not act, its default.
+        """
+        values: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            values[name] = self._value(hp, parameter, values)
+        if values["backbone_learning_rate"] is None:
+            values["backbone_learning_rate"] = values["learning_rate"] / 10
+        return values
+
+    def _value(self, hp: Any, parameter: Parameter, values: Mapping[str, Any]) -> Any:
+        name = parameter.name
+        # The user's own, given to the tuner as `hyperparameters=`, with whatever conditions.
+        if any(each.name == name and not each.conditions for each in hp.space):
+            return hp.get(name)
+        if name not in self.searched:
+            return parameter.default
+        condition = self._condition(parameter, values)
+        if condition is None:
+            return _declare(hp, parameter)
+        if condition is False:
+            return parameter.default
+        parent, active = condition
+        with hp.conditional_scope(parent, active):
+            value = _declare(hp, parameter)
+        return parameter.default if value is None else value
+
+    def _condition(self, parameter: Parameter, values: Mapping[str, Any]) -> Any:
+        """None: it always acts; False: never; else what it depends on, and where it acts."""
+        if parameter.of is None:
+            return None
+        if parameter.of == "maps":
+            parent, active, least = "backbone", list[Any](self._maps), 0
+        else:
+            parent = parameter.of
+            of = self.parameters[parent]
+            least = 2 if parent == "stages" else 1
+            known = of.choices or range(int(of.low or 0), int(of.high or 0) + 1)
+            active = [value for value in known if value >= least]
+        if parent in self.searched:
+            return (parent, active) if active else False
+        acts = values[parent] in active or (parameter.of != "maps" and values[parent] >= least)
+        return None if acts else False
+
+
+def _declare(hp: Any, parameter: Parameter) -> Any:
+    name, default = parameter.name, parameter.default
+    if parameter.choices:
+        default = default if default in parameter.choices else parameter.choices[0]
+        return hp.Choice(name, list(parameter.choices), default=default)
+    low: Any = parameter.low
+    high: Any = parameter.high
+    if default is None or not low <= default <= high:
+        default = low
+    if isinstance(low, int):
+        return hp.Int(name, low, high, step=parameter.step or 1, default=default)
+    if parameter.log:
+        return hp.Float(name, low, high, sampling="log", default=default)
+    return hp.Float(name, low, high, step=parameter.step, default=default)
+
+
+def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
+    """The parameter with what the user says of it, and whether that leaves something to search."""
+    name = parameter.name
+    if isinstance(value, list):
+        if not value:
+            raise ValueError(f"Expected values to choose from. Received: space={{{name!r}: []}}.")
+        default = parameter.default if parameter.default in value else value[0]
+        changes = {"choices": tuple(value), "low": None, "high": None, "default": default}
+        return dataclasses.replace(parameter, **changes), True
+    if isinstance(value, tuple):
+        if parameter.choices or name in ("backbone", "image_size"):
+            raise TypeError(
+                f"Expected a single value or a list of choices for {name!r}. "
+                f"Received: space={{{name!r}: {value!r}}}."
+            )
+        if len(value) != 2 or not value[0] <= value[1]:
+            raise ValueError(
+                f"Expected (low, high) for {name!r}. Received: space={{{name!r}: {value!r}}}."
+            )
+        kind = int if isinstance(parameter.low, int) else float
+        low, high = (kind(each) for each in value)
+        default = parameter.default
+        if default is not None:
+            default = min(max(default, low), high)
+        step = parameter.step
+        if step is not None and high - low < step:
+            step = None
+        return dataclasses.replace(parameter, low=low, high=high, step=step, default=default), True
+    if isinstance(value, Mapping | set):
+        raise TypeError(
+            f"Expected a value, a list of choices or a tuple (low, high) for {name!r}. "
+            f"Received: space={{{name!r}: {value!r}}}."
+        )
+    return dataclasses.replace(parameter, default=value), False
+
+
+def _is_constant(parameter: Parameter) -> bool:
+    if parameter.choices:
+        return len(parameter.choices) == 1
+    return parameter.low is None or parameter.low == parameter.high
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        near = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"Expected names of hyperparameters. Received: {name!r}; nearest is {near!r}, all are "
+            f"{', '.join(NAMES)}."
+        )
+
+
+def _check_backbone(parameter: Parameter, backbones: Sequence[str]) -> None:
+    for name in parameter.choices or (parameter.default,):
+        if name not in backbones:
+            raise ValueError(
+                f"Expected one of the backbones {', '.join(map(repr, backbones))}. "
+                f"Received: space={{'backbone': {name!r}}}."
+            )
