@@ -42,7 +42,9 @@ _LAZY_NAMES = {
     "CachedFeatures": "features",
     "FeatureCache": "features",
     "HyperTransfer": "tuner",
+    "SearchResult": "tuner",
     "fit_staged": "features",
+    "funnel_search": "tuner",
     "split_model": "features",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "HubModule",
     "HyperTransfer",
     "LearningRateCurve",
+    "SearchResult",
     "Stage",
     "StagedUnfreezing",
     "__version__",
@@ -65,6 +68,7 @@ __all__ = [
     "features",
     "find_learning_rate",
     "fit_staged",
+    "funnel_search",
     "images",
     "layers",
     "losses",

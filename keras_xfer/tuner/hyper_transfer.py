@@ -1,6 +1,7 @@
 """`HyperTransfer`: transfer learning as a KerasTuner hypermodel."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
 from keras_xfer.stages import Stage
 from keras_xfer.tuner.backbones import Backbones, Shape, Taken
 from keras_xfer.tuner.space import TUNED, SearchSpace
-from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint
+from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint, local_oracle
 
 # What KerasTuner's Hyperband, and the funnel, say of a trial.
 _PARENT, _EPOCHS, _BEGINS = "tuner/trial_id", "tuner/epochs", "tuner/initial_epoch"
@@ -222,17 +223,40 @@ class HyperTransfer(keras_tuner.HyperModel):
         schedule = StagedUnfreezing(
             self.stages(hp, model, epochs=_all_epochs(hp, trial, kwargs)), backbone="backbone"
         )
-        callbacks = [EpochTiming(), *self._kept(hp, model, trial, callbacks)]
+        timing = EpochTiming()
+        callbacks = self._kept(hp, model, trial, callbacks)
         if self.cache is None:
-            return model.fit(**kwargs, callbacks=[callbacks[0], schedule, *callbacks[1:]])
-        return fit_staged(
-            model,
-            **kwargs,
-            stages=schedule,
-            cache=self.cache,
-            views=self.views if values["augment"] else 1,
-            callbacks=callbacks,
-        )
+            history = model.fit(**kwargs, callbacks=[timing, schedule, *callbacks])
+        else:
+            history = fit_staged(
+                model,
+                **kwargs,
+                stages=schedule,
+                cache=self.cache,
+                views=self.views if values["augment"] else 1,
+                callbacks=[timing, *callbacks],
+            )
+        return _without_unknown_times(history, timing)
+
+    def describe(self) -> dict[str, Any]:
+        """What is searched, as plain data, by which two searches are told apart.
+
+        Returns:
+            dict.
+        """
+        hp = keras_tuner.HyperParameters()
+        values = self._space.values(hp)
+        told = {
+            "num_classes": self.num_classes,
+            "task": self.task,
+            "input_shape": self.input_shape,
+            "backbones": self._backbones.names,
+            "max_stages": self.max_stages,
+            "searched": hp.get_config()["space"],
+            "fixed": {name: value for name, value in values.items() if name not in hp.values},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(told, default=repr))
+        return plain
 
     # --- The schedule ------------------------------------------------------------------------
 
@@ -263,13 +287,13 @@ class HyperTransfer(keras_tuner.HyperModel):
         rate, backbone_rate = values["learning_rate"], values["backbone_learning_rate"]
         backbone: Any = freezing.find_backbone(model, "backbone")
         count = min(values["stages"], epochs) if _can_thaw(backbone) else 1
-        if count == 1 and _HEAD_EPOCHS not in hp.values:
+        if count == 1:
             return [_stage(None, None, values, rate, "head")]
         head_epochs = hp.values.get(_HEAD_EPOCHS) or values["head_epochs"]
         head_epochs = min(head_epochs or math.ceil(epochs / 3), max(1, epochs - (count - 1)))
         stages = [_stage(None, head_epochs, values, rate, "head")]
         more = count - 1
-        each_epochs = math.ceil((epochs - head_epochs) / more) if more else None
+        each_epochs = math.ceil((epochs - head_epochs) / more)
         for index in range(1, count):
             start = _start(backbone, values["unfreeze"], index / more)
             stages.append(
@@ -424,6 +448,13 @@ class HyperTransfer(keras_tuner.HyperModel):
             )
 
 
+def _without_unknown_times(history: Any, timing: EpochTiming) -> Any:
+    """Without what could not be measured (epochs of one step), which KerasTuner would warn of."""
+    for name in {name for row in timing.rows for name, value in row.items() if value != value}:
+        history.history.pop(name, None)
+    return history
+
+
 def _stage(
     start: Any, epochs: int | None, values: Mapping[str, Any], rate: Any, name: str, **more: Any
 ) -> Stage:
@@ -487,9 +518,10 @@ def _trial(callbacks: Sequence[Any]) -> Any:
 
 def _all_epochs(hp: Any, trial: Any, kwargs: Mapping[str, Any]) -> int:
     """How long a trial may become, over all of its rounds."""
-    rounds = getattr(getattr(trial, "tuner", None), "oracle", None)
-    if _EPOCHS in hp.values and getattr(rounds, "max_epochs", None):
-        return int(rounds.max_epochs)  # type: ignore[union-attr]  # None has none
+    if _EPOCHS in hp.values and trial is not None:
+        max_epochs = getattr(local_oracle(trial.tuner), "max_epochs", None)
+        if max_epochs is not None:
+            return int(max_epochs)
     return int(kwargs.get("epochs", 1))
 
 

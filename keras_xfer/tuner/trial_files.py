@@ -32,6 +32,13 @@ def is_checkpoint(callback: Any) -> bool:
     return type(callback).__name__ == "SaveBestEpoch"
 
 
+def local_oracle(tuner: Any) -> Any:
+    """The oracle that a tuner was made with, also in a worker, whose own asks the chief."""
+    oracle = tuner.oracle
+    # keras_tuner 1.4.8 does not publish what its client stands for.
+    return vars(oracle).get("_oracle", oracle)
+
+
 class BestEpoch(keras.callbacks.Callback):
     """KerasTuner's checkpoint of a trial, but the best epoch is kept in memory and written once.
 

@@ -1,0 +1,342 @@
+"""A KerasTuner search that survives: kills at any moment, failing trials, a chief that comes back.
+
+The one module that touches what KerasTuner does not publish. Tried on keras-tuner 1.4.8, in which
+- the JSON files are not written atomically, and a search whose file is half written cannot go on;
+- a trial that ended is in the file as if it still ran until the next one begins, so a search that
+  goes on runs it again;
+- a chief that comes back gives trials away that its workers are still at;
+- a call that finds the chief gone fails the trial, and error messages never reach the chief;
+- `overwrite=True` in a worker deletes what all the others have done;
+- a worker whose oracle is waiting asks it again without a pause (Hyperband).
+https://github.com/keras-team/keras-tuner/issues/1055 is the one of these that is known there.
+"""
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_tuner
+
+from keras_xfer import freezing
+from keras_xfer.files import write_text
+from keras_xfer.tuner import records, trial_files
+
+_IDLE_SECONDS = 0.2
+# How long a chief that comes back keeps a trial for the worker that had it, once nothing else is
+# left to do, and a worker waits for a chief that is gone.
+GRACE_SECONDS = 30.0
+_PATIENCE_SECONDS = 300.0
+_NO_LIMIT = 10**9
+
+
+class DurableOracle:
+    """What makes an oracle of KerasTuner durable; `durable` mixes it in."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A failing trial is recorded, and the search goes on.
+        kwargs.setdefault("max_consecutive_failed_trials", _NO_LIMIT)
+        super().__init__(*args, **kwargs)
+        self._reserved: dict[str, str] = {}  # worker -> trial that it had before the chief was gone
+        self._came_back = 0.0
+
+    # --- Files -------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the state, atomically."""
+        _write(self._get_oracle_fname(), self.get_state())  # type: ignore[attr-defined]
+
+    def _save_trial(self, trial: Any) -> None:
+        folder = Path(self._get_trial_dir(trial.trial_id))  # type: ignore[attr-defined]
+        _write(folder / "trial.json", trial.get_state())
+
+    def reload(self) -> None:
+        """Read the state, and put right what was cut off."""
+        oracle: Any = self
+        running: dict[str, str] = {}
+        set_state = oracle.set_state
+
+        def remembered(state: dict[str, Any]) -> None:
+            running.update(state["ongoing_trials"])
+            state["ongoing_trials"] = {
+                worker: trial for worker, trial in running.items() if trial in oracle.trials
+            }
+            set_state(state)
+
+        oracle.set_state = remembered
+        try:
+            super().reload()  # type: ignore[misc]
+        finally:
+            del oracle.set_state
+        begun = set(oracle.start_order)
+        # Cut off between the two files that a beginning trial is written to: as if it had not been.
+        oracle.trials = {k: v for k, v in oracle.trials.items() if k in begun}
+        ended = {"COMPLETED", "FAILED"}
+        for trial_id in oracle.start_order:
+            trial = oracle.trials[trial_id]
+            if trial.status in ended and trial_id not in oracle.end_order:
+                oracle.end_order.append(trial_id)  # cut off between these two when it ended
+        finished = set(oracle.end_order)
+        waiting = dict.fromkeys(oracle._retry_queue)
+        oracle._retry_queue = [each for each in waiting if each not in finished]
+        if is_chief():  # the workers may be at it still
+            self._reserved = {
+                worker: trial for worker, trial in running.items() if trial in oracle._retry_queue
+            }
+            kept = set(self._reserved.values())
+            oracle._retry_queue = [each for each in oracle._retry_queue if each not in kept]
+            self._came_back = time.monotonic()
+
+    # --- Trials ------------------------------------------------------------------------------
+
+    @keras_tuner.synchronized
+    def create_trial(self, tuner_id: str) -> Any:
+        """Give a worker its trial: the one that it had, if it was not over."""
+        oracle: Any = self
+        if tuner_id in self._reserved:
+            return self._resume(tuner_id, self._reserved.pop(tuner_id))
+        trial = super().create_trial(tuner_id)  # type: ignore[misc]
+        if not self._reserved or trial.status not in ("IDLE", "STOPPED"):
+            return trial
+        if time.monotonic() - self._came_back > GRACE_SECONDS:  # they do not come back
+            return self._resume(tuner_id, self._reserved.pop(next(iter(self._reserved))))
+        trial.status = "IDLE"
+        oracle.tuner_ids.add(tuner_id)
+        return trial
+
+    def _resume(self, tuner_id: str, trial_id: str) -> Any:
+        oracle: Any = self
+        oracle._retry_queue.append(trial_id)
+        return super().create_trial(tuner_id)  # type: ignore[misc]  # which takes the last of them
+
+    @keras_tuner.synchronized
+    def end_trial(self, trial: Any) -> None:
+        """Take a trial's end, once."""
+        oracle: Any = self
+        self._reserved = {k: v for k, v in self._reserved.items() if v != trial.trial_id}
+        if trial.trial_id in oracle.end_order:
+            # Told again by a worker that did not hear the answer, or by another that had it too.
+            for worker, running in list(oracle.ongoing_trials.items()):
+                if running.trial_id == trial.trial_id:
+                    del oracle.ongoing_trials[worker]
+            return
+        super().end_trial(trial)  # type: ignore[misc]
+
+
+def durable(oracle: type) -> type:
+    """Make an oracle of KerasTuner durable.
+
+    What it writes is complete at any moment. A search that goes on, also under a chief that came
+    back, loses no trial that was over, runs none twice, and runs those again that were cut off.
+    Failing trials do not end it.
+
+    Args:
+        oracle: a class, such as `keras_tuner.oracles.BayesianOptimizationOracle`.
+
+    Returns:
+        A class that takes the same arguments.
+
+    Example:
+
+    >>> oracle = durable(keras_tuner.oracles.RandomSearchOracle)(objective="val_loss", max_trials=3)
+    >>> isinstance(oracle, keras_tuner.Oracle)
+    True
+
+    Reference:
+        https://keras.io/keras_tuner/api/oracles/
+    """
+    return type(f"Durable{oracle.__name__}", (DurableOracle, oracle), {})
+
+
+class DurableTuner(keras_tuner.Tuner):
+    """A KerasTuner tuner for a `HyperTransfer` and any durable oracle.
+
+    Beside what KerasTuner keeps, each trial's folder has its metrics by epoch, its seconds, and the
+    error that it failed with. A checkpoint holds what differs from the model as it is built: a head,
+    mostly. Trials that go on from others (Hyperband, the funnel) do so from their whole state.
+
+    With KerasTuner's environment variables it is a chief or a worker, see
+    https://keras.io/guides/keras_tuner/distributed_tuning/: a worker waits for a chief that is
+    gone, and never overwrites.
+
+    Args:
+        oracle: of `durable`, or a `FunnelOracle`.
+        hypermodel: a `keras_xfer.HyperTransfer`.
+        directory: str or path of the search's folder, which all workers share.
+        project_name: str, a folder in it. Defaults to `"search"`.
+        overwrite: bool, whether to begin anew where there is a search. Defaults to `False`.
+        seed: int or None: each trial's seeds follow from it and its number, whichever worker runs
+            it.
+        **kwargs: as of `keras_tuner.Tuner`, such as `executions_per_trial`.
+
+    Raises:
+        ValueError: `overwrite=True` in a worker.
+
+    Example:
+
+    >>> import tempfile
+    >>> from keras_xfer.tuner import HyperTransfer
+    >>> base = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+    >>> hypermodel = HyperTransfer(3, backbones={"base": base}, input_shape=(8, 8, 3))
+    >>> oracle = durable(keras_tuner.oracles.RandomSearchOracle)(
+    ...     objective="val_accuracy", max_trials=1
+    ... )
+    >>> tuner = DurableTuner(oracle, hypermodel, directory=tempfile.mkdtemp())
+    >>> tuner.remaining_trials
+    1
+
+    Reference:
+        https://keras.io/keras_tuner/api/tuners/base_tuner/
+    """
+
+    # For HyperTransfer: `load_model` builds the model and needs what differs from that alone.
+    builds_what_is_pristine = True
+
+    def __init__(
+        self,
+        oracle: keras_tuner.Oracle,
+        hypermodel: keras_tuner.HyperModel,
+        *,
+        directory: str | os.PathLike[str],
+        project_name: str = "search",
+        overwrite: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        tuner_id = os.environ.get("KERASTUNER_TUNER_ID", "tuner0")
+        if overwrite and is_worker():
+            raise ValueError(
+                f"Expected overwrite=False in a worker ({tuner_id!r}): it would delete what the "
+                "other workers have done. Received: overwrite=True. Pass it to the chief alone."
+            )
+        folder = Path(directory) / project_name
+        if (folder / "oracle.json").exists() and not overwrite:
+            # KerasTuner looks for the file of this worker, to tell whether there is a search.
+            own = folder / f"{tuner_id}.json"
+            if not _is_json(own):
+                _write(own, {})
+        super().__init__(
+            oracle=oracle,
+            hypermodel=hypermodel,
+            directory=os.fspath(directory),
+            project_name=project_name,
+            overwrite=overwrite,
+            **kwargs,
+        )
+        self.seed = seed
+        self.after_each_trial: Callable[[], None] = _nothing
+        self._waits = False
+        if self._is_worker():
+            self.oracle: Any = _Patient(self.oracle)
+
+    def save(self) -> None:
+        """Write the state, atomically."""
+        if not self._is_worker():
+            self.oracle.save()
+        _write(self._get_tuner_fname(), self.get_state())
+
+    def pre_create_trial(self) -> None:
+        """Pause where the oracle had nothing to do yet."""
+        if self._waits:
+            time.sleep(_IDLE_SECONDS)
+        self._waits = True
+
+    def on_trial_begin(self, trial: Any) -> None:
+        """There is something to do."""
+        self._waits = False
+        super().on_trial_begin(trial)
+
+    def on_trial_end(self, trial: Any) -> None:
+        """Tell the oracle, and whoever wants to know."""
+        super().on_trial_end(trial)
+        self.after_each_trial()
+
+    def run_trial(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a trial, and keep what it did or why it failed."""
+        values = trial.hyperparameters.values
+        if "tuner/epochs" in values:
+            kwargs["epochs"] = values["tuner/epochs"]
+            kwargs["initial_epoch"] = values["tuner/initial_epoch"]
+        folder = Path(self.get_trial_dir(trial.trial_id))
+        for name in (trial_files.STATE, trial_files.WEIGHTS, *records.FILES):
+            (folder / name).unlink(missing_ok=True)  # of an attempt that was cut off
+        if self.seed is not None:
+            keras.utils.set_random_seed(self.seed + int(trial.trial_id))
+        began = time.perf_counter()
+        try:
+            results = super().run_trial(trial, *args, **kwargs)
+        except Exception:
+            seconds = time.perf_counter() - began
+            records.write_failure(folder, trial, seconds, traceback.format_exc())
+            raise
+        seconds = time.perf_counter() - began
+        records.write_success(folder, trial, self.oracle.objective, results, seconds)
+        return results
+
+    def load_model(self, trial: Any) -> keras.Model:
+        """Build the model of a trial with the weights of its best epoch."""
+        model = self.hypermodel.build(trial.hyperparameters)
+        backbone = freezing.find_backbone(model, "backbone")
+        trial_files.load_weights(model, backbone, Path(self.get_trial_dir(trial.trial_id)))
+        return model
+
+
+def _nothing() -> None:
+    """What is done after a trial where nobody asks."""
+
+
+class _Patient:
+    """A worker's view of the oracle, which asks again where the chief is gone for a while."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._oracle = vars(client)["_oracle"]  # as in KerasTuner's own client
+        self.multi_worker = False
+        self.should_report = True
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        return _patient(value) if callable(value) else value
+
+
+def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    import grpc  # keras-tuner's own requirement
+
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
+                    raise
+                time.sleep(_IDLE_SECONDS)
+
+    return asking
+
+
+def _write(filepath: str | os.PathLike[str], value: Any) -> None:
+    # KerasTuner reads NaN, which JSON as `files.write_json` writes it does not have.
+    write_text(filepath, json.dumps(value, default=float))
+
+
+def _is_json(filepath: Path) -> bool:
+    try:
+        json.loads(filepath.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def is_chief() -> bool:
+    """Whether this process is the chief of a search, by KerasTuner's environment variables."""
+    return "KERASTUNER_ORACLE_IP" in os.environ and "chief" in os.environ["KERASTUNER_TUNER_ID"]
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker of a search, by KerasTuner's environment variables."""
+    return "KERASTUNER_ORACLE_IP" in os.environ and not is_chief()

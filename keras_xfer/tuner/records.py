@@ -1,0 +1,240 @@
+"""The record of a search: one row a trial, one row an epoch."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keras_xfer import files
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OUTCOME = "outcome.json"
+EPOCHS = "epochs.csv"
+FILES = (OUTCOME, EPOCHS)
+HYPERPARAMETER = "hp."
+_OWN = "tuner/"  # what tuners add to the hyperparameters of a trial
+_STAGES = ("head", "fine-tuning")
+
+
+def write_success(folder: Path, trial: Any, objective: Any, results: Any, seconds: float) -> None:
+    """Write what a trial did.
+
+    Args:
+        folder: path of the trial's folder.
+        trial: KerasTuner's `Trial`.
+        objective: KerasTuner's objective.
+        results: list of History, one an execution.
+        seconds: float, that the trial took.
+    """
+    rows = [row for number, each in enumerate(results) for row in _epochs(number, each)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(folder / EPOCHS, text.getvalue())
+    stage = max((int(row.get("stage", 0)) for row in rows), default=0)
+    files.write_json(
+        folder / OUTCOME,
+        {
+            "trial": trial.trial_id,
+            "round": trial.hyperparameters.values.get("tuner/round", 0),
+            "status": "completed",
+            "stage": _STAGES[min(stage, 1)],
+            **_best(results, objective),
+            "epochs": len({row["epoch"] for row in rows}),
+            "seconds": seconds,
+            "error": "",
+        },
+    )
+
+
+def write_failure(folder: Path, trial: Any, seconds: float, error: str) -> None:
+    """Write why a trial failed.
+
+    Args:
+        folder: path of the trial's folder.
+        trial: KerasTuner's `Trial`.
+        seconds: float, until then.
+        error: str, the traceback.
+    """
+    outcome = {"trial": trial.trial_id, "status": "failed", "stage": "", "score": math.nan}
+    outcome |= {"round": trial.hyperparameters.values.get("tuner/round", 0)}
+    outcome |= {"best_epoch": None, "epochs": 0, "seconds": seconds, "error": error}
+    files.write_json(folder / OUTCOME, outcome)
+
+
+def outcomes(project: Path) -> list[dict[str, Any]]:
+    """What the trials did that are over, in the order in which they ended.
+
+    Args:
+        project: path of the search's project folder.
+
+    Returns:
+        list of dict.
+    """
+    found = sorted(project.glob(f"trial_*/{OUTCOME}"), key=lambda path: path.stat().st_mtime)
+    return [_read_outcome(path) for path in found]
+
+
+def trials_table(project: Path, trials: Mapping[str, Any], objective: Any) -> "pd.DataFrame":
+    """One row a candidate: what a trial and those that went on from it came to.
+
+    Args:
+        project: path of the search's project folder.
+        trials: KerasTuner's `Trial` by id.
+        objective: KerasTuner's objective.
+
+    Returns:
+        DataFrame: `trial`, `stage`, `status`, `objective`, `direction`, `score`, `best_epoch` (from
+        0), `epochs`, `seconds`, `hp.*`, `error`.
+    """
+    import pandas as pd
+
+    rows: dict[str, dict[str, Any]] = {}
+    lineages = lineage(trials)
+    for trial_id, trial in sorted(trials.items()):
+        first = lineages[trial_id][0]
+        outcome = _outcome(project, trial)
+        row = rows.setdefault(
+            first,
+            {
+                "trial": first,
+                "stage": "",
+                "status": "",
+                "objective": objective.name,
+                "direction": objective.direction,
+                "score": math.nan,
+                "best_epoch": None,
+                "epochs": 0,
+                "seconds": 0.0,
+                **_hyperparameters(trial),
+                "error": "",
+            },
+        )
+        row["status"] = outcome["status"]
+        row["stage"] = outcome["stage"] or row["stage"]
+        row["epochs"] += outcome["epochs"]
+        row["seconds"] += outcome["seconds"]
+        row["error"] = outcome["error"] or row["error"]
+        if _is_better(outcome["score"], row["score"], objective.direction):
+            row["score"], row["best_epoch"] = outcome["score"], outcome["best_epoch"]
+    names = sorted({n for row in rows.values() for n in row if n.startswith(HYPERPARAMETER)})
+    columns = ["trial", "stage", "status", "objective", "direction", "score", "best_epoch"]
+    columns += ["epochs", "seconds", *names, "error"]
+    table = pd.DataFrame([rows[key] for key in sorted(rows)], columns=columns)
+    return table.astype({"best_epoch": "Int64"})
+
+
+def epochs_table(project: Path, trials: Mapping[str, Any]) -> "pd.DataFrame":
+    """One row an epoch of each candidate, as `trial` of `trials_table` names it.
+
+    Args:
+        project: path of the search's project folder.
+        trials: KerasTuner's `Trial` by id.
+
+    Returns:
+        DataFrame: `trial`, `execution`, `epoch` (from 0), `stage`, and the logs.
+    """
+    import pandas as pd
+
+    parts = []
+    for trial_id, ancestors in sorted(lineage(trials).items()):
+        path = project / f"trial_{trial_id}" / EPOCHS
+        if path.exists():
+            part = pd.read_csv(path)
+            part.insert(0, "trial", ancestors[0])
+            parts.append(part)
+    if not parts:
+        return pd.DataFrame(columns=["trial", "execution", "epoch"])
+    table = pd.concat(parts, ignore_index=True)
+    return table.sort_values(["trial", "execution", "epoch"], ignore_index=True)
+
+
+def lineage(trials: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Each trial with those that it went on from, the first of them first."""
+    found: dict[str, list[str]] = {}
+    for trial_id in sorted(trials):
+        parent = trials[trial_id].hyperparameters.values.get("tuner/trial_id")
+        found[trial_id] = [*found[parent], trial_id] if parent in found else [trial_id]
+    return found
+
+
+def _epochs(number: int, history: Any) -> Iterator[dict[str, Any]]:
+    for index, epoch in enumerate(history.epoch):
+        logs = {
+            name: float(np.asarray(values[index]))
+            for name, values in history.history.items()
+            if index < len(values)
+        }
+        if "stage" in logs:
+            logs["stage"] = int(logs["stage"])
+        yield {"execution": number, "epoch": epoch, **logs}
+
+
+def _best(results: Sequence[Any], objective: Any) -> dict[str, Any]:
+    """The mean over executions of each one's best value, as KerasTuner scores a trial."""
+    scores, epochs = [], []
+    for history in results:
+        logs = history.history
+        values = [
+            objective.get_value({name: each[i] for name, each in logs.items() if i < len(each)})
+            for i in range(len(history.epoch))
+        ]
+        known = [(value, i) for i, value in enumerate(values) if not math.isnan(value)]
+        if known:
+            pick = max if objective.direction == "max" else min
+            value, index = pick(known, key=lambda pair: pair[0])
+            scores.append(value)
+            epochs.append(history.epoch[index])
+    if not scores:
+        return {"score": math.nan, "best_epoch": None}
+    return {"score": float(np.mean(scores)), "best_epoch": epochs[0] if len(epochs) == 1 else None}
+
+
+def _outcome(project: Path, trial: Any) -> dict[str, Any]:
+    path = project / f"trial_{trial.trial_id}" / OUTCOME
+    if path.exists() and trial.status != "RUNNING":
+        outcome = _read_outcome(path)
+        if trial.status == "FAILED" and outcome["status"] == "completed":
+            outcome["status"] = "failed"  # its objective is none, or not a number
+            outcome["error"] = trial.message or "The objective is not a number."
+        return outcome
+    status = {"RUNNING": "interrupted", "COMPLETED": "completed"}.get(trial.status, "failed")
+    score = math.nan if trial.score is None else float(trial.score)
+    return {
+        "status": status,
+        "stage": "",
+        "score": score,
+        "best_epoch": None,
+        "epochs": 0,
+        "seconds": 0.0,
+        "error": trial.message or "",
+    }
+
+
+def _read_outcome(path: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return {**outcome, "score": float(outcome["score"]), "seconds": float(outcome["seconds"])}
+
+
+def _hyperparameters(trial: Any) -> dict[str, Any]:
+    values = trial.hyperparameters.values
+    return {
+        HYPERPARAMETER + name: value
+        for name, value in values.items()
+        if not name.startswith(_OWN) and trial.hyperparameters.is_active(name)
+    }
+
+
+def _is_better(value: float, than: float, direction: str) -> bool:
+    if math.isnan(value):
+        return False
+    return math.isnan(than) or (value > than if direction == "max" else value < than)
