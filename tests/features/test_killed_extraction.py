@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
+KILLS = int(os.environ.get("KERAS_XFER_KILLS", "100"))  # of the slow test, all seeds together
 SHARDS = -(-killed_extraction.ROWS // killed_extraction.ROWS_PER_SHARD)
 
 
@@ -95,5 +96,7 @@ def test_some_kills(start, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_hundred_kills(start, tmp_path, monkeypatch):
-    check_kills(start, tmp_path, 100, 1, monkeypatch)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_many_kills(start, tmp_path, monkeypatch, seed):
+    """A hundred; `KERAS_XFER_KILLS` in place of them."""
+    check_kills(start, tmp_path, KILLS // 4, seed, monkeypatch)
