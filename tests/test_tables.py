@@ -4,8 +4,6 @@ import pytest
 
 from keras_xfer.tables import Table
 
-pytestmark = pytest.mark.core
-
 
 def test_it_prints_aligned_columns():
     table = Table(("name", "count", "state"), [("stem", 7, "-"), ("a longer one", 1234567, "on")])

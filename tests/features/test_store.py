@@ -16,8 +16,6 @@ from keras_xfer import files
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.store import MARKER, Store
 
-pytestmark = pytest.mark.core
-
 X = np.arange(80, dtype="float32").reshape(20, 4)
 Y = np.arange(20)
 

@@ -9,8 +9,6 @@ from keras_xfer.stages import stages_from_yaml, stages_to_yaml
 from keras_xfer.stages.yaml_files import _automatic_names
 from tests import schedules
 
-pytestmark = pytest.mark.core
-
 
 @pytest.fixture
 def path(tmp_path):
