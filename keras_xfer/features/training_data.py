@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_xfer.features import identity
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.live import Still
 from keras_xfer.features.nesting import describe, pack
@@ -129,31 +130,32 @@ class TrainingData:
         self, cache: FeatureCache, prefix: keras.Model, *, one_trace: bool
     ) -> dict[str, Any]:
         """Arguments of `fit` for what `prefix` makes of the data."""
-        train = cache.features(
-            prefix,
-            self._train,
-            views=self._views,
-            key=self._key,
-            batch_size=self.batch_size if self._is_arrays else None,
-            shuffle=self.shuffle,
-            seed=self.clock.seed,
-            verbose=self._verbose,
-        )
-        validation = None
-        if self.validation is not None:
-            still: Any = Still(prefix) if self._views > 1 else prefix
-            validation = _readable(
-                cache.features(
-                    still,
-                    _validation_tuple(self.validation),
-                    key=self._key and f"{self._key} (validation)",
-                    batch_size=(self.validation_batch_size or self.batch_size)
-                    if is_arrays(self.validation)
-                    else None,
-                    verbose=self._verbose,
-                ),
-                one_trace,
+        with identity.unchanged(prefix):
+            train = cache.features(
+                prefix,
+                self._train,
+                views=self._views,
+                key=self._key,
+                batch_size=self.batch_size if self._is_arrays else None,
+                shuffle=self.shuffle,
+                seed=self.clock.seed,
+                verbose=self._verbose,
             )
+            validation = None
+            if self.validation is not None:
+                still: Any = Still(prefix) if self._views > 1 else prefix
+                validation = _readable(
+                    cache.features(
+                        still,
+                        _validation_tuple(self.validation),
+                        key=self._key and f"{self._key} (validation)",
+                        batch_size=(self.validation_batch_size or self.batch_size)
+                        if is_arrays(self.validation)
+                        else None,
+                        verbose=self._verbose,
+                    ),
+                    one_trace,
+                )
         return self._feeding(train, _readable(train, one_trace), validation, shuffle=False)
 
     def _feeding(
