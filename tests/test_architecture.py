@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a module may import of the package: what stands on the same or a lower floor.
 FLOORS = {
     1: {
-        "_version", "applications", "blocks", "bundle", "files", "flops", "freezing", "handles", "live_config", "monitor", "running_fit", "retarget", "stages",
+        "_version", "applications", "blocks", "bundle", "files", "flops", "freezing", "handles",
+        "lifeline", "live_config", "losses", "monitor", "running_fit", "retarget", "stages",
         "saved_model", "structure", "tables", "variable_group",
     },
     2: {"layers", "callbacks"},
@@ -27,12 +28,16 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 
 # Modules that may use what Keras does not publish.
 PRIVATE = {"retarget", "freezing", "hub_module"}
+# Modules that may use what KerasTuner does not publish.
+KERAS_TUNER_PRIVATE = {"tuner/durable.py", "tuner/funnel.py"}
 
 # The core is Keras, NumPy and the standard library; these are imported where they are used.
 OPTIONAL = {
     "jinja2", "keras_tuner", "matplotlib", "pandas", "scipy", "sklearn", "tensorflow",
     "tensorflow_hub", "jax", "torch",
 }  # fmt: skip
+# But what is itself imported where it is used may be built on one of them.
+BUILT_ON = {"tuner": {"keras_tuner"}}
 
 
 def part(path):
@@ -91,14 +96,19 @@ def test_what_keras_does_not_publish_stays_in_its_files(path):
         and each.attr.startswith("_")
         and not each.attr.startswith("__")
     }
-    assert used <= defined, "underscored attributes that the file does not define itself"
+    if path.relative_to(PACKAGE).as_posix() in KERAS_TUNER_PRIVATE:
+        return
+    documented = {"_exit"}  # os._exit
+    assert used <= defined | documented, (
+        "underscored attributes that the file does not define itself"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text("utf-8"))
     at_the_top = {module.split(".")[0] for module, top in imports(tree) if top}
-    assert not at_the_top & OPTIONAL
+    assert not at_the_top & (OPTIONAL - BUILT_ON.get(part(path), set()))
 
 
 def test_the_core_imports_no_more_than_keras_does():
