@@ -11,6 +11,7 @@ The one module that touches what KerasTuner does not publish. Tried on keras-tun
 https://github.com/keras-team/keras-tuner/issues/1055 is the one of these that is known there.
 """
 
+import gc
 import json
 import os
 import time
@@ -238,6 +239,17 @@ class DurableTuner(keras_tuner.Tuner):
         if not self._is_worker():
             self.oracle.save()
         _write(self._get_tuner_fname(), self.get_state())
+
+    def search(self, *args: Any, **kwargs: Any) -> None:
+        """Run the trials, as KerasTuner does."""
+        # KerasTuner collects garbage before each trial, twice: of what is there before the first,
+        # TensorFlow mostly, there will be none. A quarter of the time of a cached head.
+        gc.collect()
+        gc.freeze()
+        try:
+            super().search(*args, **kwargs)
+        finally:
+            gc.unfreeze()
 
     def pre_create_trial(self) -> None:
         """Pause where the oracle had nothing to do yet."""
