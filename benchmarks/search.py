@@ -250,9 +250,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run each way in a process of its own, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--images", type=int, default=400, help="to train on")
-    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--head-epochs", type=int, default=9)
     parser.add_argument("--fine-tune-epochs", type=int, default=6)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
