@@ -67,7 +67,7 @@ class Backbones:
             self._makers[name] = _maker(name, given, weights)
         if not self._makers:
             raise ValueError("Expected at least one backbone. Received: none.")
-        self._kept: dict[tuple[Any, ...], list[_Kept]] = {}
+        self._kept: dict[tuple[Any, ...], _Kept] = {}
         self._pristine: weakref.WeakKeyDictionary[Backbone, list[np.ndarray]] = (
             weakref.WeakKeyDictionary()
         )
@@ -127,18 +127,15 @@ class Backbones:
         key: tuple[Any, ...] = (maker.name, input_shape, keras.config.dtype_policy().name)
         if maker.is_hub:  # which keeps BatchNormalization to a policy inside
             key = (*key, batch_norm == "train")
-        kept = self._kept.setdefault(key, [])
-        for each in kept:
-            if each.is_free():
-                each.restore()
-                return each
-        made = _Kept(maker.make(input_shape, batch_norm, None), kept[0].pristine if kept else None)
-        if kept and not any(each is made for each in kept):
-            # Only the newest is used again: those before it are somebody's, for as long as theirs.
-            made.restore()
-            kept.clear()
-        kept.append(made)
-        return made
+        kept = self._kept.get(key)
+        if kept is None or not kept.is_free():
+            # One that is somebody's stays theirs.
+            kept = _Kept(
+                maker.make(input_shape, batch_norm, None), None if kept is None else kept.pristine
+            )
+            self._kept[key] = kept
+        kept.restore()
+        return kept
 
 
 class _Kept:

@@ -78,7 +78,7 @@ def funnel_search(
         SearchResult; None in a worker, whose chief has it.
 
     Raises:
-        TypeError: `hypermodel` is no `HyperTransfer`.
+        TypeError: `hypermodel` is no `HyperTransfer`, or `epochs` is among the arguments.
         ValueError: an argument is out of its range, or the folder holds a search that was asked
             something else.
         RuntimeError: no trial came to an end; the first error is named.
@@ -105,6 +105,11 @@ def funnel_search(
             "Expected a keras_xfer.HyperTransfer. Received: hypermodel of type "
             f"{type(hypermodel).__name__}."
         )
+    for name in ("epochs", "initial_epoch"):
+        if name in fit_kwargs:
+            raise TypeError(
+                f"Expected head_epochs and fine_tune_epochs. Received: {name}={fit_kwargs[name]!r}."
+            )
     default = "val_loss" if hypermodel.task == "regression" else "val_accuracy"
     oracle = FunnelOracle(
         default if objective is None else objective,

@@ -377,6 +377,8 @@ class HyperTransfer(keras_tuner.HyperModel):
             # XLA on CPU was 8 to 20 times slower under TensorFlow; JAX is nothing without it.
             jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
         )
+        # Keras builds it when it loads the model, and then looks for its state in the file.
+        model.optimizer.build(model.trainable_variables)
 
     def _loss_and_metrics(self, smoothing: float) -> tuple[Any, list[Any]]:
         losses, metrics = keras.losses, keras.metrics
@@ -409,7 +411,7 @@ class HyperTransfer(keras_tuner.HyperModel):
         if trial is not None and getattr(trial.tuner, "builds_what_is_pristine", False):
             light = Path(trial.tuner.get_trial_dir(trial.trial.trial_id))
         kept = [
-            BestEpoch(each, backbone, None if goes_on and light is None else pristine, light)
+            BestEpoch(each, model, backbone, None if goes_on and light is None else pristine, light)
             if is_checkpoint(each)
             else each
             for each in callbacks

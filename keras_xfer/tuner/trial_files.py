@@ -18,7 +18,7 @@ from keras_xfer.files import replacing
 from keras_xfer.retarget import capture, restore
 from keras_xfer.retarget.callback_state import load_state, state_of
 from keras_xfer.retarget.random_state import random_state, set_random_state
-from keras_xfer.retarget.trainer import build_for_fit, sync
+from keras_xfer.retarget.trainer import build_for_fit, distribution_scope, sync
 from keras_xfer.retarget.training_state import values_of
 from keras_xfer.running_fit import callbacks_of_fit
 
@@ -47,6 +47,7 @@ class BestEpoch(keras.callbacks.Callback):
 
     Args:
         checkpoint: KerasTuner's `SaveBestEpoch`, which goes on telling which epoch is the best.
+        model: the trial's model, before its training begins.
         backbone: the `Backbone` in the model.
         pristine: values of the backbone's variables, as building the model gives them; None: they
             are those of now.
@@ -57,6 +58,7 @@ class BestEpoch(keras.callbacks.Callback):
     def __init__(
         self,
         checkpoint: Any,
+        model: keras.Model,
         backbone: Any,
         pristine: Sequence[np.ndarray] | None,
         folder: Path | None,
@@ -70,12 +72,10 @@ class BestEpoch(keras.callbacks.Callback):
         self._has_thawed = False
         self._filepath = ""
         self._best: tuple[list[np.ndarray], Sequence[np.ndarray]] | None = None
-        self._blank: Any = None
+        self._blank = _untouched(model)
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002  # Keras's signature
         """Begin with nothing kept."""
-        optimizer = self.model.optimizer
-        self._blank = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
         self._checkpoint.set_model(_Recorder(self.model, self._keep))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
@@ -114,6 +114,16 @@ class BestEpoch(keras.callbacks.Callback):
         self._filepath = os.fspath(filepath)
         backbone = values_of(self._backbone.variables) if self._has_thawed else self._before
         self._best = (values_of(_own(self.model, self._backbone)), backbone or [])
+
+
+def _untouched(model: keras.Model) -> Any:
+    """An optimizer as that of `model`, which has not been trained yet."""
+    optimizer = model.optimizer
+    made = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    if optimizer.built:
+        with distribution_scope(model):
+            made.build(model.trainable_variables)
+    return made
 
 
 class _Recorder:
