@@ -274,6 +274,8 @@ def _named(backbones: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_handle(text: str) -> bool:
+    if text in applications.APPLICATIONS:  # whatever lies in the working directory
+        return False
     return "/" in text or os.sep in text or Path(text).exists()
 
 
