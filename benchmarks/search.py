@@ -7,8 +7,8 @@ digits; the backbone is a small MobileNetV2 that the benchmark pretrains on five
 is over heads and fine-tuning for the five others. The ways, each in a process of its own:
 
 - `by hand`: a KerasTuner hypermodel as it is usually written: freeze, fit, thaw, compile, fit
-- `without cache`: HyperTransfer
-- `with cache`: HyperTransfer with `cache=`
+- `without cache`: HyperTransfer with a DurableTuner and the same oracle
+- `with cache`: so, with `cache=`
 - `funnel`: funnel_search
 - `heads by hand`, `heads with cache`: no trial is fine-tuned
 
@@ -37,9 +37,11 @@ import numpy as np
 
 from benchmarks import machine
 from keras_xfer import HyperTransfer, funnel_search
+from keras_xfer.tuner import DurableTuner, durable
 
 CLASSES = 5
 BATCH_SIZE = 32
+VALIDATED = 300
 WAYS = ("by hand", "without cache", "with cache", "funnel", "heads by hand", "heads with cache")
 UNFROZEN = {"block_13": 0.25, "block_6": 0.6}  # layer, and the share of the blocks above it
 
@@ -174,7 +176,7 @@ def search(way: str, seed: int, weights: str, options: argparse.Namespace) -> di
     """Run one search in this process."""
     x, y = digits(options.image_size, range(5, 10), 1 + seed)
     train = (x[: options.images], y[: options.images])
-    validation = (x[options.images :], y[options.images :])
+    validation = tuple(each[options.images : options.images + VALIDATED] for each in (x, y))
     stages = 1 if way.startswith("heads") else 2
     epochs = options.head_epochs + (options.fine_tune_epochs if stages > 1 else 0)
     folder = Path(tempfile.mkdtemp())
@@ -199,9 +201,16 @@ def search(way: str, seed: int, weights: str, options: argparse.Namespace) -> di
             model: Any = hypermodel(weights, cache, options, stages)
             if "by hand" in way:
                 model = ByHand(weights, options, stages)
-            tuner = keras_tuner.RandomSearch(
-                model, "val_accuracy", max_trials=options.trials, seed=seed + 1, directory=folder
-            )
+            oracle = keras_tuner.oracles.RandomSearchOracle
+            told = {"max_trials": options.trials, "seed": seed + 1}
+            if "by hand" in way:
+                tuner = keras_tuner.Tuner(
+                    oracle("val_accuracy", **told), model, directory=str(folder)
+                )
+            else:
+                tuner = DurableTuner(
+                    durable(oracle)("val_accuracy", **told), model, directory=folder
+                )
             tuner.search(
                 *train,
                 validation_data=validation,
