@@ -7,10 +7,13 @@ The one module that touches what KerasTuner does not publish. Tried on keras-tun
 - a chief that comes back gives trials away that its workers are still at;
 - a call that finds the chief gone fails the trial, and error messages never reach the chief;
 - `overwrite=True` in a worker deletes what all the others have done;
+- a trial that is run again is scored by what its earlier attempt told;
+- a grid search does not know how far it came;
 - a worker whose oracle is waiting asks it again without a pause (Hyperband).
 https://github.com/keras-team/keras-tuner/issues/1055 is the one of these that is known there.
 """
 
+import functools
 import gc
 import json
 import os
@@ -33,6 +36,7 @@ _IDLE_SECONDS = 0.2
 GRACE_SECONDS = 30.0
 _PATIENCE_SECONDS = 300.0
 _NO_LIMIT = 10**9
+_OVER = ("COMPLETED", "FAILED")
 
 
 class DurableOracle:
@@ -76,14 +80,14 @@ class DurableOracle:
         begun = set(oracle.start_order)
         # Cut off between the two files that a beginning trial is written to: as if it had not been.
         oracle.trials = {k: v for k, v in oracle.trials.items() if k in begun}
-        ended = {"COMPLETED", "FAILED"}
-        for trial_id in oracle.start_order:
-            trial = oracle.trials[trial_id]
-            if trial.status in ended and trial_id not in oracle.end_order:
-                oracle.end_order.append(trial_id)  # cut off between these two when it ended
-        finished = set(oracle.end_order)
-        waiting = dict.fromkeys(oracle._retry_queue)
-        oracle._retry_queue = [each for each in waiting if each not in finished]
+        # Cut off between these two when it ended: the trial's own file holds.
+        over = [each for each in oracle.start_order if oracle.trials[each].status in _OVER]
+        known = [each for each in oracle.end_order if each in over]
+        oracle.end_order = [*known, *(each for each in over if each not in known)]
+        waiting = dict.fromkeys([*oracle._retry_queue, *oracle.start_order])
+        oracle._retry_queue = [each for each in waiting if each not in over]
+        if isinstance(oracle, keras_tuner.oracles.GridSearchOracle):
+            _find_place(oracle)
         if is_chief():  # the workers may be at it still
             self._reserved = {
                 worker: trial for worker, trial in running.items() if trial in oracle._retry_queue
@@ -100,7 +104,7 @@ class DurableOracle:
         oracle: Any = self
         if tuner_id in self._reserved:
             return self._resume(tuner_id, self._reserved.pop(tuner_id))
-        trial = super().create_trial(tuner_id)  # type: ignore[misc]
+        trial = self._next(tuner_id)
         if not self._reserved or trial.status not in ("IDLE", "STOPPED"):
             return trial
         if time.monotonic() - self._came_back > GRACE_SECONDS:  # they do not come back
@@ -112,7 +116,15 @@ class DurableOracle:
     def _resume(self, tuner_id: str, trial_id: str) -> Any:
         oracle: Any = self
         oracle._retry_queue.append(trial_id)
-        return super().create_trial(tuner_id)  # type: ignore[misc]  # which takes the last of them
+        return self._next(tuner_id)  # which takes the last of them
+
+    def _next(self, tuner_id: str) -> Any:
+        oracle: Any = self
+        if oracle._retry_queue and tuner_id not in oracle.ongoing_trials:
+            # KerasTuner would take what an earlier attempt told for the metrics of this one.
+            again = oracle.trials[oracle._retry_queue[-1]]
+            again.metrics = type(again.metrics)()
+        return super().create_trial(tuner_id)  # type: ignore[misc]
 
     @keras_tuner.synchronized
     def end_trial(self, trial: Any) -> None:
@@ -334,6 +346,16 @@ def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
 def _write(filepath: str | os.PathLike[str], value: Any) -> None:
     # KerasTuner reads NaN, which JSON as `files.write_json` writes it does not have.
     write_text(filepath, json.dumps(value, default=float))
+
+
+def _find_place(oracle: Any) -> None:
+    """Give a grid search, which writes none of it down, its place back."""
+    # https://github.com/keras-team/keras-tuner/issues/1055
+    values = {each: oracle.trials[each].hyperparameters.values for each in oracle.start_order}
+    by_values = functools.cmp_to_key(lambda a, b: oracle._compare(values[a], values[b]))
+    for trial_id in sorted(values, key=by_values):
+        oracle._ordered_ids.insert(trial_id)
+    oracle._populate_next = list(values)
 
 
 def _is_json(filepath: Path) -> bool:

@@ -1,0 +1,271 @@
+"""A search's files: complete at any moment, and put right where they were cut off between two."""
+
+import json
+import math
+import os
+import shutil
+
+import keras_tuner
+import pytest
+
+from keras_xfer.tuner import FunnelOracle, durable
+
+oracles = keras_tuner.oracles
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing is tidied up after it."""
+
+
+def make(folder, kind=oracles.RandomSearchOracle, **kwargs):
+    """A durable oracle over a number, which goes on with what is in the folder."""
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("x", [1.0, 2.0, 3.0, 4.0, 5.0])
+    if kind is FunnelOracle:
+        kwargs = {"max_trials": 4, "finalists": 1, "head_epochs": 1, **kwargs}
+        oracle = FunnelOracle("val_loss", seed=1, hyperparameters=hp, **kwargs)
+    else:
+        kwargs = {"hyperparameters": hp, "seed": 1, **kwargs}
+        if kind is not oracles.HyperbandOracle:
+            kwargs = {"max_trials": 4, **kwargs}
+        oracle = durable(kind)(objective="val_loss", **kwargs)
+    oracle.verbose = 0
+    oracle._set_project_dir(str(folder), "search")
+    if (folder / "search" / "oracle.json").exists():
+        oracle.reload()
+    return oracle
+
+
+def run(oracle, worker="tuner0", *, score=None):
+    """A trial from its beginning to its end; its id, or None where there is none."""
+    trial = oracle.create_trial(worker)
+    if trial.status != "RUNNING":
+        assert trial.status == "STOPPED"
+        return None
+    oracle.update_trial(trial.trial_id, {"val_loss": trial.hyperparameters.get("x")})
+    trial.status = "COMPLETED"
+    oracle.end_trial(trial)
+    return trial.trial_id
+
+
+def run_all(oracle):
+    return list(iter(lambda: run(oracle), None))
+
+
+def table(oracle):
+    return {
+        name: (trial.status, trial.score, trial.hyperparameters.values)
+        for name, trial in sorted(oracle.trials.items())
+    }
+
+
+KINDS = [
+    oracles.RandomSearchOracle,
+    oracles.BayesianOptimizationOracle,
+    oracles.GridSearchOracle,
+    oracles.HyperbandOracle,
+    FunnelOracle,
+]
+
+
+def options(kind):
+    if kind is oracles.HyperbandOracle:
+        return {"max_epochs": 3, "factor": 2}
+    if kind is oracles.BayesianOptimizationOracle:
+        return {"max_trials": 3, "num_initial_points": 2}
+    return {}
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_write(tmp_path, monkeypatch, kind):
+    """Before and after each move of a new file into place a process dies; the next goes on from
+    that. Each trial ends once, none is lost, and the oracle draws what it draws undisturbed."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    undisturbed = make(tmp_path / "undisturbed", kind, **options(kind))
+    run_all(undisturbed)
+    replace, moves = os.replace, []
+
+    def count(source, target):
+        moves.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", count)
+    run_all(make(tmp_path / "counted", kind, **options(kind)))
+    differing = []
+    # A Gaussian process takes half a second for a trial.
+    for moment in range(0, len(moves), 4 if kind is oracles.BayesianOptimizationOracle else 1):
+        for after in (False, True):
+            folder = tmp_path / f"{moment} {after}"
+            left = [moment]
+
+            def dies(source, target, left=left, after=after):
+                left[0] -= 1
+                if left[0] == -1 and not after:
+                    raise Killed
+                replace(source, target)
+                if left[0] == -1:
+                    raise Killed
+
+            monkeypatch.setattr(os, "replace", dies)
+            with pytest.raises(Killed):
+                run_all(make(folder, kind, **options(kind)))
+            monkeypatch.setattr(os, "replace", replace)
+            for path in (folder / "search").rglob("[!.]*.json"):
+                json.loads(path.read_text())
+            ended = {
+                path.parent.name: path.read_text()
+                for path in (folder / "search").glob("trial_*/trial.json")
+                if json.loads(path.read_text())["status"] == "COMPLETED"
+            }
+            resumed = make(folder, kind, **options(kind))
+            run_all(resumed)
+            for name, text in ended.items():  # not touched again
+                assert (folder / "search" / name / "trial.json").read_text() == text
+            assert sorted(resumed.end_order) == sorted(set(resumed.end_order))
+            if table(resumed) != table(undisturbed):
+                differing.append((moment, after))
+    assert not differing
+
+
+def test_killed_while_it_writes(tmp_path, monkeypatch):
+    oracle = make(tmp_path)
+    run(oracle)
+    before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
+    write = type(tmp_path).write_text
+
+    def half(self, text, **kwargs):
+        write(self, text[: len(text) // 2], **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(type(tmp_path), "write_text", half)
+    with pytest.raises(Killed):
+        oracle.save()
+    monkeypatch.undo()
+    assert {path: path.read_text() for path in tmp_path.rglob("[!.]*.json")} == before
+    assert len(run_all(make(tmp_path))) == 3
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+def test_a_number_that_is_none_is_kept(tmp_path):
+    oracle = make(tmp_path, max_trials=1)
+    trial = oracle.create_trial("tuner0")
+    trial.metrics.register("loss", "min")
+    trial.metrics.update("loss", math.nan)
+    oracle._save_trial(trial)
+    reloaded = make(tmp_path)
+    assert math.isnan(reloaded.trials[trial.trial_id].metrics.get_last_value("loss"))
+
+
+# --- Trials that were cut off ----------------------------------------------------------------
+
+
+def test_a_trial_that_was_cut_off_after_it_told_its_metrics_is_scored_anew(tmp_path):
+    first = make(tmp_path)
+    trial = first.create_trial("tuner0")
+    first.update_trial(trial.trial_id, {"val_loss": 0.1})
+    second = make(tmp_path)
+    again = second.create_trial("tuner0")
+    assert again.trial_id == trial.trial_id
+    # KerasTuner takes metrics that are there for those of this run, and warns.
+    assert not again.metrics.exists("val_loss")
+    second.update_trial(again.trial_id, {"val_loss": 0.5})
+    again.status = "COMPLETED"
+    second.end_trial(again)
+    assert second.trials[trial.trial_id].score == 0.5
+
+
+def test_a_trial_that_is_tried_again_is_scored_by_its_last_attempt(tmp_path):
+    oracle = make(tmp_path, max_retries_per_trial=1)
+    trial = oracle.create_trial("tuner0")
+    oracle.update_trial(trial.trial_id, {"val_loss": 0.1})
+    trial.status = "INVALID"
+    oracle.end_trial(trial)
+    again = oracle.create_trial("tuner0")
+    assert again.trial_id == trial.trial_id
+    oracle.update_trial(trial.trial_id, {"val_loss": 0.5})
+    again.status = "COMPLETED"
+    oracle.end_trial(again)
+    assert oracle.trials[trial.trial_id].score == 0.5
+
+
+def test_the_chief_keeps_what_a_worker_told_before_it_was_gone(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "chief")
+    first = make(tmp_path)
+    trial = first.create_trial("tuner0")
+    first.update_trial(trial.trial_id, {"val_loss": 0.1})
+    second = make(tmp_path)  # the worker is at it still, and has told its metrics
+    trial.status = "COMPLETED"
+    second.end_trial(trial)
+    assert second.trials[trial.trial_id].score == 0.1
+    assert run(second, "tuner0") != trial.trial_id
+
+
+def test_a_trial_whose_end_the_oracle_has_not_heard_of(tmp_path):
+    """`trial.json` is written before `oracle.json`."""
+    first = make(tmp_path)
+    run(first)
+    before = (tmp_path / "search" / "oracle.json").read_text()
+    run(first)
+    (tmp_path / "search" / "oracle.json").write_text(
+        json.dumps({**json.loads((tmp_path / "search" / "oracle.json").read_text()),
+                    "end_order": ["0"], "ongoing_trials": {"tuner0": "1"}})
+    )  # fmt: skip
+    second = make(tmp_path)
+    assert second.end_order == ["0", "1"]
+    assert run_all(second) == ["2", "3"]
+    # And one that begins: its folder is there, the oracle knows nothing of it.
+    shutil.rmtree(tmp_path / "search" / "trial_2")
+    shutil.rmtree(tmp_path / "search" / "trial_3")
+    shutil.copytree(tmp_path / "search" / "trial_1", tmp_path / "search" / "trial_2")
+    text = (tmp_path / "search" / "trial_2" / "trial.json").read_text()
+    (tmp_path / "search" / "trial_2" / "trial.json").write_text(
+        text.replace('"1"', '"2"').replace("COMPLETED", "RUNNING")
+    )
+    (tmp_path / "search" / "oracle.json").write_text(before)
+    shutil.rmtree(tmp_path / "search" / "trial_1")
+    third = make(tmp_path)
+    assert sorted(third.trials) == ["0"]
+    assert run_all(third) == ["1", "2", "3"]
+
+
+def test_a_trial_that_the_oracle_holds_for_over_and_its_file_does_not(tmp_path):
+    """The other way round, as a file system that was restored from a copy may leave it."""
+    first = make(tmp_path)
+    trial = first.create_trial("tuner0")
+    before = (tmp_path / "search" / "trial_0" / "trial.json").read_text()
+    first.update_trial(trial.trial_id, {"val_loss": 0.1})
+    trial.status = "COMPLETED"
+    first.end_trial(trial)
+    (tmp_path / "search" / "trial_0" / "trial.json").write_text(before)
+    second = make(tmp_path)
+    assert run_all(second) == ["0", "1", "2", "3"]
+    assert sorted(second.end_order) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_failures_do_not_end_it(tmp_path, kind):
+    oracle = make(tmp_path, kind, **options(kind))
+    failed = 0
+    while (trial := oracle.create_trial("tuner0")).status == "RUNNING":
+        trial.status, trial.message = "INVALID", "made up"
+        oracle.end_trial(trial)
+        failed += 1
+    assert failed >= 3
+    again = make(tmp_path, kind, **options(kind))
+    assert {trial.status for trial in again.trials.values()} == {"FAILED"}
+    assert again.create_trial("tuner0").status == "STOPPED"
+
+
+def test_failures_end_it_where_that_is_asked(tmp_path):
+    oracle = make(tmp_path, max_consecutive_failed_trials=2)
+    for failure in range(2):
+        trial = oracle.create_trial("tuner0")
+        trial.status = "INVALID"
+        if failure == 0:
+            oracle.end_trial(trial)
+    with pytest.raises(RuntimeError, match="consecutive failures"):
+        oracle.end_trial(trial)
