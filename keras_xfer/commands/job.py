@@ -303,12 +303,23 @@ def finish(
         **extra,
     }
     run.write_json("metrics.json", metrics)
+    report(run, folder, screen)
+    return metrics
+
+
+def report(run: RunFolder, folder: ImageFolder, screen: Screen) -> None:
+    """Write `report.html`, or say what is missing for it.
+
+    Args:
+        run: A `RunFolder` that is being written.
+        folder: An `ImageFolder`.
+        screen: A `Screen`.
+    """
     try:
         with _quiet_matplotlib():
             write_report(run.path, images=folder.folder, title=run.path.resolve().name)
     except ImportError as error:
         screen.line(f"No report.html: {training.one_line(error)}")
-    return metrics
 
 
 def summary(
@@ -378,7 +389,7 @@ def show_result(metrics: dict[str, Any], run: RunFolder, screen: Screen) -> None
 
 
 def _median(rows: list[Row], name: str) -> float:
-    known = [row[name] for row in rows if not math.isnan(row[name])]
+    known = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
     return float(np.median(known)) if known else math.nan
 
 

@@ -22,11 +22,15 @@ OUTPUTS = (
     "metrics.json",
     "skipped.csv",
     "report.html",
+    "trials.csv",
+    "trial_epochs.csv",
 )
 RECORD = "run.json"  # says that a folder is a run's, and what was asked for
 UNFINISHED = "unfinished"  # the folder of what a run needs to go on, there until it has ended
 CHECKPOINT = f"{UNFINISHED}/best.keras"
 FEATURES = f"{UNFINISHED}/features"  # a folder of its own, a keras_xfer.FeatureCache
+SEARCH = "search"  # the folder of a search, KerasTuner's project, there until it has ended
+_SEARCH_STATE = f"{SEARCH}/oracle.json"
 # What says that there is something to go on with goes first: the rest is of no use without it.
 _UNFINISHED_FILES = ("training_state.zip", "best.keras", "best.keras.json")
 # What the split is drawn by, of which the fingerprint of the images tells too.
@@ -70,7 +74,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--output: {str(self.path)!r} is a file. Give a folder")
         if not (self / RECORD).is_file():
-            ours = (*OUTPUTS, *self._unfinished(), FEATURES)
+            ours = (*OUTPUTS, *self._unfinished(), FEATURES, SEARCH)
             foreign = [name for name in ours if (self / name).exists()]
             if foreign:
                 raise UsageError(
@@ -96,7 +100,7 @@ class RunFolder:
             for name in (*OUTPUTS, RECORD, *self._unfinished()):
                 files.remove_leftovers(self / name)
             if not resume:
-                self._remove_features()
+                self._remove_folders()
             if not (resume and self.is_unfinished()):
                 # What an earlier run could be taken for ended or unfinished by goes first, its record
                 # last: killed in between, nothing of it is ever taken for the new run's. (Features
@@ -105,9 +109,10 @@ class RunFolder:
                 self.write_json(RECORD, {"keras_xfer": __version__, **record})
             yield
         except BaseException:
-            if not (self.is_unfinished() or (self / "history.csv").exists()):
+            kept = any((self / name).exists() for name in ("history.csv", "trials.csv"))
+            if not (self.is_unfinished() or kept):
                 self.remove(*OUTPUTS, *self._unfinished(), RECORD)
-                self._remove_features()
+                self._remove_folders()
                 made.insert(0, self / UNFINISHED)
                 _remove_empty(made)
             raise
@@ -116,12 +121,16 @@ class RunFolder:
     def remove_unfinished(self) -> None:
         """Remove what is kept to go on with a run: it has ended."""
         self.remove(*self._unfinished())
-        self._remove_features()
+        self._remove_folders()
         _remove_empty([self / UNFINISHED])
 
     def is_unfinished(self) -> bool:
-        """Return whether a run here was cut off after its first epoch."""
-        return (self / UNFINISHED / "training_state.zip").exists()
+        """Return whether a run here was cut off after its first epoch, or a search begun."""
+        return (self / UNFINISHED / "training_state.zip").exists() or self.is_searching()
+
+    def is_searching(self) -> bool:
+        """Return whether there is a search here that has not ended."""
+        return (self / _SEARCH_STATE).exists()
 
     def finished(self) -> dict[str, Any] | None:
         """Return the metrics of the run here, if it has come to its end."""
@@ -141,8 +150,7 @@ class RunFolder:
         """
         if not ((self / RECORD).is_file() and self.written()):
             return
-        then = json.loads((self / RECORD).read_text(encoding="utf-8"))
-        different = _differences(then, json.loads(files.to_json(record)))
+        different = self.differences(record)
         if different:
             raise UsageError(
                 f"--resume: {str(self.path)!r} holds a run that was asked for otherwise: "
@@ -150,9 +158,24 @@ class RunFolder:
                 "or leave out --resume to begin anew in its place"
             )
 
-    def _remove_features(self) -> None:
-        if (self / FEATURES).exists():
-            shutil.rmtree(self / FEATURES)
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """Say in words how what is asked for differs from what `run.json` holds.
+
+        Args:
+            record: What is asked for now.
+
+        Returns:
+            List of str.
+        """
+        then = json.loads((self / RECORD).read_text(encoding="utf-8"))
+        return _differences(then, json.loads(files.to_json(record)))
+
+    def _remove_folders(self) -> None:
+        if self.is_searching():
+            self.remove(_SEARCH_STATE)  # half removed, the rest is taken for nothing
+        for name in (FEATURES, SEARCH):
+            if (self / name).exists():
+                shutil.rmtree(self / name)
 
     @staticmethod
     def _unfinished() -> list[str]:

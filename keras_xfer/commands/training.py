@@ -88,7 +88,7 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
     >>> build(recipe, 3).served.output_shape
     (None, 3)
     """
-    backbone, size = _backbone(recipe) if recipe.hub is None else hub_backbone.build(recipe)
+    backbone, size = make_backbone(recipe) if recipe.hub is None else hub_backbone.build(recipe)
     dropout = keras.layers.Dropout(recipe.dropout, seed=recipe.seed)
     # float32 whatever the policy: float16 logits round the loss.
     dense = keras.layers.Dense(num_classes, dtype="float32", name="logits")
@@ -107,6 +107,63 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
         inputs, probabilities(dense(dropout(backbone(x)))), name="image_classifier"
     )
     return Classifier(trained, served, backbone, size)
+
+
+def make_backbone(recipe: Recipe) -> tuple[Backbone, int]:
+    """Make the backbone of a recipe, a model of keras.applications.
+
+    Args:
+        recipe: A `Recipe`.
+
+    Returns:
+        The `Backbone`, and the height and width of its images.
+
+    Raises:
+        UsageError: See `build`.
+        keras_xfer.applications.WeightsUnavailableError: The ImageNet weights cannot be downloaded.
+    """
+    try:
+        spec = applications.spec_for(recipe.backbone)
+    except ValueError as error:
+        hint = str(error).partition(f"{recipe.backbone!r}. ")[2]
+        raise UsageError(
+            f"--backbone: keras.applications has no model {recipe.backbone!r}. {hint}"
+        ) from error
+    size = recipe.image_size or spec.default_image_size
+    from_file = recipe.weights not in (None, "imagenet")
+    if from_file and not Path(str(recipe.weights)).is_file():
+        raise UsageError(
+            f"--weights: no such file: {recipe.weights!r}. Give the path of a weights file, "
+            "'imagenet' or 'none'"
+        )
+    if size < spec.min_image_size:
+        raise UsageError(
+            f"--image-size: {recipe.backbone} takes images of at least {spec.min_image_size} "
+            f"pixels. Received: {size}"
+        )
+    arguments: dict[str, Any] = {"input_shape": (size, size, 3), **recipe.backbone_args}
+    if recipe.weights is None:
+        arguments.update(batch_norm="train", trainable=True)
+    try:
+        backbone = Backbone.from_application(
+            recipe.backbone,
+            weights="imagenet" if recipe.weights == "imagenet" else None,
+            name="backbone",
+            **arguments,
+        )
+    except applications.WeightsUnavailableError as error:
+        raise applications.WeightsUnavailableError(
+            f"The ImageNet weights of {recipe.backbone} could not be downloaded. Connect to the "
+            "network and try again, or give --weights PATH (a weights file) or --weights none "
+            f"(train from scratch). Received: {one_line(error.__cause__ or error)}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        if not recipe.backbone_args:
+            raise
+        raise UsageError(f"--backbone-arg: {one_line(error)}") from error
+    if from_file:
+        _load_weights(backbone.model, recipe, size)
+    return backbone, backbone.model.input_shape[1]
 
 
 def read_stages(recipe: Recipe) -> Recipe:
@@ -420,51 +477,6 @@ def one_line(error: BaseException) -> str:
 
 
 # How the model is made.
-
-
-def _backbone(recipe: Recipe) -> tuple[Backbone, int]:
-    try:
-        spec = applications.spec_for(recipe.backbone)
-    except ValueError as error:
-        hint = str(error).partition(f"{recipe.backbone!r}. ")[2]
-        raise UsageError(
-            f"--backbone: keras.applications has no model {recipe.backbone!r}. {hint}"
-        ) from error
-    size = recipe.image_size or spec.default_image_size
-    from_file = recipe.weights not in (None, "imagenet")
-    if from_file and not Path(str(recipe.weights)).is_file():
-        raise UsageError(
-            f"--weights: no such file: {recipe.weights!r}. Give the path of a weights file, "
-            "'imagenet' or 'none'"
-        )
-    if size < spec.min_image_size:
-        raise UsageError(
-            f"--image-size: {recipe.backbone} takes images of at least {spec.min_image_size} "
-            f"pixels. Received: {size}"
-        )
-    arguments: dict[str, Any] = {"input_shape": (size, size, 3), **recipe.backbone_args}
-    if recipe.weights is None:
-        arguments.update(batch_norm="train", trainable=True)
-    try:
-        backbone = Backbone.from_application(
-            recipe.backbone,
-            weights="imagenet" if recipe.weights == "imagenet" else None,
-            name="backbone",
-            **arguments,
-        )
-    except applications.WeightsUnavailableError as error:
-        raise applications.WeightsUnavailableError(
-            f"The ImageNet weights of {recipe.backbone} could not be downloaded. Connect to the "
-            "network and try again, or give --weights PATH (a weights file) or --weights none "
-            f"(train from scratch). Received: {one_line(error.__cause__ or error)}"
-        ) from error
-    except (TypeError, ValueError) as error:
-        if not recipe.backbone_args:
-            raise
-        raise UsageError(f"--backbone-arg: {one_line(error)}") from error
-    if from_file:
-        _load_weights(backbone.model, recipe, size)
-    return backbone, backbone.model.input_shape[1]
 
 
 def _load_weights(model: keras.Model, recipe: Recipe, size: int) -> None:

@@ -14,7 +14,8 @@ class SearchProgress:
     Args:
         project: path of the search's project folder.
         objective: KerasTuner's objective.
-        planned: how many trials each round has; None where that is not known.
+        planned: how many trials each round has, or all of them together; None where that is not
+            known.
         workers: int, how many run trials at the same time.
         say: function that takes a line.
 
@@ -52,19 +53,28 @@ class SearchProgress:
                 self._told[outcome["trial"]] = outcome
                 self._say(self._line(outcome))
 
-    def seconds_left(self) -> float | None:
-        """What the remaining trials will take, by what those of their round took; None where that
-        cannot be told yet."""
+    def seconds_left(self) -> tuple[float, bool] | None:
+        """What the remaining trials will take, by what those of their round took.
+
+        Returns:
+            the seconds, and whether some trial of each round has told them (else of the last round
+            before it, which trains less); None where nothing can be told yet.
+        """
         if self._planned is None:
             return None
-        left = 0.0
+        left, known, is_sure = 0.0, math.nan, True
         for number, count in enumerate(self._planned):
-            taken = [each["seconds"] for each in self._told.values() if each["round"] == number]
+            taken = [
+                each["seconds"]
+                for each in self._told.values()
+                if each["round"] == number or len(self._planned) == 1
+            ]
+            if taken:
+                known = sum(taken) / len(taken)
+            is_sure = is_sure and bool(taken)
             if len(taken) < count:
-                if not taken:
-                    return None
-                left += (count - len(taken)) * sum(taken) / len(taken)
-        return left / self._workers
+                left += (count - len(taken)) * known
+        return None if math.isnan(left) else (left / self._workers, is_sure)
 
     def _line(self, outcome: dict[str, Any]) -> str:
         of = "" if self._planned is None else f" of {sum(self._planned)}"
@@ -78,13 +88,13 @@ class SearchProgress:
         if best is not None:
             text += f"; best {best['score']:.4g} (trial {best['trial']})"
         text += f"; {_time(outcome['seconds'])}"
-        left = self.seconds_left()
-        return text if not left else f"{text}, about {_time(left)} left"
+        left, is_sure = self.seconds_left() or (0.0, True)
+        return f"{text}, {'about' if is_sure else 'at least'} {_time(left)} left" if left else text
 
     def _best(self) -> dict[str, Any] | None:
         scored = [each for each in self._told.values() if not math.isnan(each["score"])]
-        pick = max if self._objective.direction == "max" else min
-        return pick(scored, key=lambda each: each["score"], default=None)
+        sign = -1 if self._objective.direction == "max" else 1
+        return min(scored, key=lambda each: (sign * each["score"], each["trial"]), default=None)
 
 
 def _time(seconds: float) -> str:

@@ -115,7 +115,7 @@ def trials_table(project: Path, trials: Mapping[str, Any], objective: Any) -> "p
                 "best_epoch": None,
                 "epochs": 0,
                 "seconds": 0.0,
-                **_hyperparameters(trial),
+                **hyperparameters(trial),
                 "error": "",
             },
         )
@@ -156,6 +156,41 @@ def epochs_table(project: Path, trials: Mapping[str, Any]) -> "pd.DataFrame":
         return pd.DataFrame(columns=["trial", "execution", "epoch"])
     table = pd.concat(parts, ignore_index=True)
     return table.sort_values(["trial", "execution", "epoch"], ignore_index=True)
+
+
+def read(project: Path, trial_id: str) -> dict[str, Any]:
+    """What one trial did, that is over."""
+    return _read_outcome(project / f"trial_{trial_id}" / OUTCOME)
+
+
+def history(project: Path, trials: Mapping[str, Any], trial_id: str) -> list[dict[str, Any]]:
+    """The epochs of a trial and of those that it went on from, the first execution of each.
+
+    Args:
+        project: path of the search's project folder.
+        trials: KerasTuner's `Trial` by id.
+        trial_id: str.
+
+    Returns:
+        list of dict, one an epoch: `epoch` (from 0), `stage` and the logs.
+    """
+    rows = []
+    for ancestor in lineage(trials)[trial_id]:
+        with (project / f"trial_{ancestor}" / EPOCHS).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row.pop("execution") == "0":
+                    rows.append({name: _number(text) for name, text in row.items()})
+    return sorted(rows, key=lambda row: row["epoch"])
+
+
+def hyperparameters(trial: Any) -> dict[str, Any]:
+    """The hyperparameters of a trial that act in it, by their names in the table."""
+    values = trial.hyperparameters.values
+    return {
+        HYPERPARAMETER + name: value
+        for name, value in values.items()
+        if not name.startswith(_OWN) and trial.hyperparameters.is_active(name)
+    }
 
 
 def lineage(trials: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -225,13 +260,9 @@ def _read_outcome(path: Path) -> dict[str, Any]:
     return {**outcome, "score": float(outcome["score"]), "seconds": float(outcome["seconds"])}
 
 
-def _hyperparameters(trial: Any) -> dict[str, Any]:
-    values = trial.hyperparameters.values
-    return {
-        HYPERPARAMETER + name: value
-        for name, value in values.items()
-        if not name.startswith(_OWN) and trial.hyperparameters.is_active(name)
-    }
+def _number(text: str) -> float:
+    """A number of a CSV file, an int where it is one; NaN where there was none."""
+    return int(text) if text.isdecimal() else float(text or "nan")
 
 
 def _is_better(value: float, than: float, direction: str) -> bool:

@@ -90,13 +90,8 @@ def search_result(tuner: Any, folder: Path, *, interrupted: bool = False) -> Sea
         RuntimeError: no trial came to an end.
         KeyboardInterrupt: nor had one, when it was interrupted.
     """
-    trials, objective = tuner.oracle.trials, tuner.oracle.objective
-    project = Path(tuner.project_dir)
-    table = records.trials_table(project, trials, objective)
-    epochs = records.epochs_table(project, trials)
-    files.write_text(folder / TRIALS, table.to_csv(index=False))
-    files.write_text(folder / TRIAL_EPOCHS, epochs.to_csv(index=False))
-    best = next((t for t in tuner.oracle.get_best_trials(1) if t.status == "COMPLETED"), None)
+    table, epochs = write_tables(tuner, folder)
+    best = best_trial(tuner)
     if best is None:
         if interrupted:
             raise KeyboardInterrupt("Interrupted before the first trial was over")
@@ -112,3 +107,35 @@ def search_result(tuner: Any, folder: Path, *, interrupted: bool = False) -> Sea
     return SearchResult(
         table, epochs, best.hyperparameters, float(best.score), folder / BEST_MODEL, interrupted
     )
+
+
+def write_tables(tuner: Any, folder: Path) -> tuple["pd.DataFrame", "pd.DataFrame"]:
+    """Write `trials.csv` and `trial_epochs.csv`.
+
+    Args:
+        tuner: a `DurableTuner`, no worker.
+        folder: path, where they go.
+
+    Returns:
+        tuple of the two, see `SearchResult`.
+    """
+    trials, project = tuner.oracle.trials, Path(tuner.project_dir)
+    table = records.trials_table(project, trials, tuner.oracle.objective)
+    epochs = records.epochs_table(project, trials)
+    files.write_text(folder / TRIALS, table.to_csv(index=False))
+    files.write_text(folder / TRIAL_EPOCHS, epochs.to_csv(index=False))
+    return table, epochs
+
+
+def best_trial(tuner: Any) -> Any:
+    """Return the best trial of those that came to an end, the first of equals; None if none has.
+
+    Args:
+        tuner: a `DurableTuner`, no worker.
+
+    Returns:
+        KerasTuner's `Trial`, or None.
+    """
+    sign = -1 if tuner.oracle.objective.direction == "max" else 1
+    completed = [trial for trial in tuner.oracle.trials.values() if trial.status == "COMPLETED"]
+    return min(completed, key=lambda each: (sign * each.score, each.trial_id), default=None)
