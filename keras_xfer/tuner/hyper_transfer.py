@@ -411,7 +411,7 @@ class HyperTransfer(keras_tuner.HyperModel):
         if trial is not None and getattr(trial.tuner, "builds_what_is_pristine", False):
             light = Path(trial.tuner.get_trial_dir(trial.trial.trial_id))
         kept = [
-            BestEpoch(each, model, backbone, None if goes_on and light is None else pristine, light)
+            BestEpoch(each, model, backbone, pristine, light, goes_on=goes_on)
             if is_checkpoint(each)
             else each
             for each in callbacks
@@ -421,7 +421,8 @@ class HyperTransfer(keras_tuner.HyperModel):
             parent = None
             if goes_on:
                 parent = Path(trial.tuner.get_trial_dir(hp.values[_PARENT])) / STATE
-                parent = parent if parent.exists() else None
+                if light is None and not parent.exists():
+                    parent = None  # KerasTuner has loaded the weights, which is all there is
             kept.append(
                 Rounds(
                     backbone,

@@ -53,6 +53,7 @@ class BestEpoch(keras.callbacks.Callback):
             are those of now.
         folder: None, or the folder of the trial, where `WEIGHTS` is written in place of the
             checkpoint: without a backbone that is as it came.
+        goes_on: bool, whether the training begins where another trial left it.
     """
 
     def __init__(
@@ -62,13 +63,16 @@ class BestEpoch(keras.callbacks.Callback):
         backbone: Any,
         pristine: Sequence[np.ndarray] | None,
         folder: Path | None,
+        *,
+        goes_on: bool,
     ) -> None:
         super().__init__()
         self._checkpoint = checkpoint
         self._backbone = backbone
         self._pristine = pristine
         self._folder = folder
-        self._before: Sequence[np.ndarray] | None = pristine  # until it thaws
+        # Its values until it thaws.
+        self._before: Sequence[np.ndarray] | None = None if goes_on else pristine
         self._has_thawed = False
         self._filepath = ""
         self._best: tuple[list[np.ndarray], Sequence[np.ndarray]] | None = None
