@@ -438,8 +438,7 @@ def by_hand(start, *, epochs=3, batch_norm="frozen", validation_data=None):
     return model, history.history
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("is_cached", [pytest.param(False, marks=pytest.mark.core), True])
 def test_a_trial_is_the_training_by_hand(tmp_path, is_cached):
     made = hypermodel(cache=tmp_path if is_cached else None)
     hp = keras_tuner.HyperParameters()

@@ -60,8 +60,7 @@ def best_of(run):
 # --- Every tuner -----------------------------------------------------------------------------
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("is_cached", [False, pytest.param(True, marks=pytest.mark.core)])
 def test_a_search_and_its_best_models(tmp_path, is_cached):
     """Each trial's score is that of the model that is loaded for it, and of its best epoch."""
     watching = Watching()
