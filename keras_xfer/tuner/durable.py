@@ -27,7 +27,7 @@ import keras
 import keras_tuner
 
 from keras_xfer import freezing
-from keras_xfer.files import write_text
+from keras_xfer.files import remove_leftovers, write_text
 from keras_xfer.tuner import records, trial_files
 
 _IDLE_SECONDS = 0.2
@@ -288,17 +288,18 @@ class DurableTuner(keras_tuner.Tuner):
         folder = Path(self.get_trial_dir(trial.trial_id))
         for name in (trial_files.STATE, trial_files.WEIGHTS, *records.FILES):
             (folder / name).unlink(missing_ok=True)  # of an attempt that was cut off
+            remove_leftovers(folder / name)
         if self.seed is not None:
             keras.utils.set_random_seed(self.seed + int(trial.trial_id))
         began = time.perf_counter()
         try:
             results = super().run_trial(trial, *args, **kwargs)
+            seconds = time.perf_counter() - began
+            records.write_success(folder, trial, self.oracle.objective, results, seconds)
         except Exception:
             seconds = time.perf_counter() - began
             records.write_failure(folder, trial, seconds, traceback.format_exc())
             raise
-        seconds = time.perf_counter() - began
-        records.write_success(folder, trial, self.oracle.objective, results, seconds)
         return results
 
     def load_model(self, trial: Any) -> keras.Model:

@@ -1,0 +1,337 @@
+"""`keras-xfer tune`: searches on a few small images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import psutil
+import pytest
+
+from keras_xfer.cli import main
+from keras_xfer.commands import search
+from keras_xfer.tuner import DurableTuner, HyperTransfer
+from keras_xfer.tuner.workers import free_port
+from tests.test_cli import OUTPUTS, SMALL, failed, fill, names, read
+
+FOUND = OUTPUTS | {"trials.csv", "trial_epochs.csv"}
+UNFINISHED = FOUND | {"search"}
+TINY = [*SMALL, "--weights", "none", "--batch-size", "8", "--seed", "3"]
+FUNNEL = ["--max-trials", "2", "--finalists", "1", "--epochs", "2"]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("pictures") / "pictures", ["cat", "dog"], 10)
+
+
+@pytest.fixture(scope="session")
+def line(pictures):
+    return ["tune", str(pictures), *TINY, *FUNNEL]
+
+
+@pytest.fixture(scope="module")
+def tuned(line, tmp_path_factory):
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    assert main([*line, "--output", str(run)]) == 0
+    return run
+
+
+def comparable(run):
+    """What two searches that did the same have in common: not their times."""
+    return [
+        {name: value for name, value in row.items() if "seconds" not in name}
+        for row in read(run / "trials.csv")
+    ]
+
+
+def test_tune_leaves_what_train_does_and_its_trials(tuned):
+    assert names(tuned) == FOUND
+    trials = read(tuned / "trials.csv")
+    assert [row["status"] for row in trials] == ["completed"] * 2
+    assert sorted(row["stage"] for row in trials) == ["fine-tuning", "head"]
+    page = (tuned / "report.html").read_text(encoding="utf-8")
+    assert "Search" in page
+    record = json.loads((tuned / "run.json").read_text())
+    assert (record["command"], record["max_trials"], record["backbones"]) == (
+        "tune", 2, ["MobileNet"]
+    )  # fmt: skip
+
+
+def test_the_model_is_that_of_the_best_trial(tuned, pictures, tmp_path, capfd):
+    metrics = json.loads((tuned / "metrics.json").read_text())
+    scores = [float(row["score"]) for row in read(tuned / "trials.csv")]
+    assert metrics["val_accuracy"] == pytest.approx(max(scores))
+    assert metrics["accuracy"] == pytest.approx(max(scores))  # of the weights, on the same images
+    history = read(tuned / "history.csv")
+    assert [int(row["epoch"]) for row in history] == list(range(len(history)))
+    best = max(history, key=lambda row: float(row["val_accuracy"]))
+    assert float(best["val_accuracy"]) == pytest.approx(max(scores))
+    assert metrics["search"]["trials"] == 2
+    assert set(metrics["stages"]) <= {"head", "fine-tuning"}
+
+    model = keras.saving.load_model(tuned / "model.keras")
+    assert model.input_shape == (None, None, None, 3)
+    assert model.inputs[0].dtype == "uint8"
+    rows = read(tuned / "predictions.csv")
+    table = tmp_path / "table.csv"
+    files = [str(pictures / row["file"]) for row in rows]
+    assert main(["predict", str(tuned), *files, "--csv", str(table), "--top", "1"]) == 0
+    capfd.readouterr()
+    found = read(table)
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in rows]
+    np.testing.assert_allclose(
+        [float(row["probability"]) for row in found],
+        [float(row["probability"]) for row in rows],
+        atol=1e-5,
+    )
+
+
+def test_an_interrupted_search_keeps_the_best_and_goes_on(
+    line, tuned, tmp_path, capfd, monkeypatch
+):
+    run = tmp_path / "run"
+    arguments = [*line, "--output", str(run)]
+    begun = []
+
+    def interrupting(self, trial, *args, **kwargs):
+        begun.append(trial.trial_id)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return run_trial(self, trial, *args, **kwargs)
+
+    run_trial = DurableTuner.run_trial
+    monkeypatch.setattr(DurableTuner, "run_trial", interrupting)
+    assert main(arguments) == 130
+    shown = capfd.readouterr()
+    assert "Trial 1 of 3, head: val_accuracy" in shown.out
+    (said,) = shown.err.splitlines()
+    assert "keeps the best model so far" in said
+    assert "--resume" in said
+    assert names(run) == UNFINISHED
+    assert [row["status"] for row in read(run / "trials.csv")] == ["completed", "interrupted"]
+    assert keras.saving.load_model(run / "model.keras").output_shape == (None, 2)
+
+    status = main([*arguments, "--resume", "--epochs", "3"])
+    failed(capfd, status, "epochs was 2 and is 3", "--resume")
+    assert names(run) == UNFINISHED
+    assert main([*arguments, "--resume"]) == 0
+    assert "Resumed  after 1 trial" in capfd.readouterr().out
+    assert begun == ["0000", "0001", "0001", "0002"]
+    assert names(run) == FOUND
+    assert comparable(run) == comparable(tuned)
+
+    assert main([*arguments, "--resume"]) == 0
+    assert "nothing is left to do" in capfd.readouterr().out
+    assert len(begun) == 4
+
+
+def test_an_unfinished_search_is_discarded_without_resume(line, tmp_path, capfd, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(DurableTuner, "run_trial", interrupt)
+        assert main([*line, "--output", str(run)]) == 130
+        assert "before the first trial was over" in capfd.readouterr().err
+        (run / "search" / "mark").touch()
+        assert main([*line, "--output", str(run)]) == 130
+    assert "Discarded the unfinished run" in capfd.readouterr().out
+    assert not (run / "search" / "mark").exists()
+
+
+def test_where_every_trial_fails_the_first_error_is_told(line, tmp_path, capfd, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(HyperTransfer, "fit", fail)
+    run = tmp_path / "run"
+    status = main([*line, "--output", str(run)])
+    failed(capfd, status, "No trial", "2 trials failed", "ValueError: no such luck", "trials.csv")
+    left = {"run.json", "labels.json", "skipped.csv", "trials.csv", "trial_epochs.csv"}
+    assert names(run) == left | {"report.html"}
+    assert all("no such luck" in row["error"] for row in read(run / "trials.csv"))
+
+
+def test_hyperband_on_features_in_a_cache_of_its_own(pictures, tmp_path):
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    arguments = ["tune", str(pictures), *TINY, "--output", str(run), "--tuner", "hyperband"]
+    arguments += ["--max-trials", "2", "--epochs", "2", "--cache", str(cache)]
+    assert main([*arguments, "--test-split", "0.2"]) == 0
+    assert names(run) == FOUND
+    assert len(read(run / "trials.csv")) == 2
+    assert json.loads((run / "metrics.json").read_text())["split"] == "test"
+    assert any(cache.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["random", "bayesian"])
+def test_other_tuners_with_augmentation(tuner, pictures, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["tune", str(pictures), *TINY, "--output", str(run), "--tuner", tuner]
+    arguments += ["--max-trials", "2", "--epochs", "2", "--augment", "light", "--mixed-precision"]
+    assert main([*arguments, "--backbone", "MobileNetV2"]) == 0
+    assert names(run) == FOUND
+    trials = read(run / "trials.csv")
+    assert {row["hp.backbone"] for row in trials} <= {"MobileNet", "MobileNetV2"}
+    assert keras.config.dtype_policy().name == "float32"
+    model = keras.saving.load_model(run / "model.keras")
+    assert not [layer for layer in model.layers if layer.name == "augmentation"]
+    assert model.get_layer("backbone").model.layers[1].compute_dtype in ("float16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-trials", "0"], ["--max-trials", "at least 1"]),
+        (["--finalists", "0"], ["--finalists", "at least 1"]),
+        (["--finalists", "2", "--tuner", "random"], ["--finalists", "--tuner funnel"]),
+        (["--epochs", "1"], ["--epochs", "at least 2"]),
+        (["--tuner", "best"], ["--tuner", "funnel"]),
+        (["--workers", "0"], ["--workers", "at least 1"]),
+        (["--listen", "0.0.0.0:9000"], ["--listen", "--workers"]),
+        (["--workers", "2", "--listen", "here:there"], ["--listen", "ADDRESS:PORT"]),
+        (["--workers", "2", "--listen", "192.0.2.1:9000"], ["--listen", "192.0.2.1:9000"]),
+        (["--backbone", "MobilNet"], ["--backbone", "MobileNet"]),
+        (["--backbone", "MobileNet"], ["--backbone", "once"]),
+        (["--backbone", "MobileNetV2", "--backbone-arg", "bata=1"], ["--backbone-arg", "bata"]),
+        (["--image-size", "16"], ["--image-size", "at least 32"]),
+        (["--weights", "nowhere.h5"], ["--weights", "no such file"]),
+        (["--validation-split", "0"], ["--validation-split"]),
+    ],
+)
+def test_wrong_options(options, words, pictures, tmp_path, capfd):
+    run = tmp_path / "run"
+    line = ["tune", str(pictures), "--output", str(run), *SMALL, "--weights", "none"]
+    failed(capfd, main([*line, "--max-trials", "2", *options]), *words)
+    assert not run.exists()
+
+
+def test_wrong_environments(line, tmp_path, capfd, monkeypatch):
+    arguments = [*line, "--output", str(tmp_path / "run")]
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    failed(capfd, main(arguments), "KERASTUNER_ORACLE_PORT", "KERASTUNER_TUNER_ID")
+    monkeypatch.setenv("KERASTUNER_ORACLE_PORT", str(free_port("127.0.0.1")))
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "tuner0")
+    failed(capfd, main([*arguments, "--workers", "2"]), "--workers", "KERASTUNER_ORACLE_IP")
+    monkeypatch.setattr(search, "_CHIEF_SECONDS", 0.0)
+    failed(capfd, main(arguments), "No chief at 127.0.0.1")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["."], [".", "--output", "x", "--max-trials", "0"]]
+)
+def test_help_and_wrong_usage_load_no_framework(arguments):
+    code = (
+        "import sys; sys.argv[0] = 'keras-xfer'; from keras_xfer.cli import main; main();"
+        "sys.exit('keras' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "tune", *arguments], capture_output=True)
+    assert done.returncode == 0
+
+
+# Many processes
+
+
+def start(arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "keras_xfer.cli", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def wait_for(condition, seconds=150):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def of_the_search(run):
+    """The processes of a search, by the id that they have in it."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        if str(run) in (process.info["cmdline"] or ()):
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found[environment.get("KERASTUNER_TUNER_ID", "parent")] = process
+    return found
+
+
+def test_workers_of_which_one_is_killed(line, tmp_path):
+    """One whole run: the chief, once there is a trial, and a worker are killed."""
+    run = tmp_path / "run"
+    parent = start([*line, "--max-trials", "4", "--workers", "2", "--output", run])
+    wait_for(lambda: list((run / "search").glob("trial_*/trial.json")) or parent.poll() is not None)
+    for name in ("tuner0", "chief"):
+        of_the_search(run)[name].kill()
+    out, error = parent.communicate(timeout=240)
+    assert (parent.returncode, error) == (0, "")
+    assert names(run) == FOUND
+    assert not of_the_search(run)
+    trials = read(run / "trials.csv")
+    assert [row["trial"] for row in trials] == ["0000", "0001", "0002", "0003"]
+    assert {row["status"] for row in trials} == {"completed"}
+    lines = [each for each in out.splitlines() if each.startswith("Trial ")]
+    assert [each.split(" of ")[0] for each in lines] == [f"Trial {i}" for i in range(1, 6)]
+    assert all("best " in each for each in lines)
+    assert " left" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_parent_nothing_is_left_running(line, tmp_path, way):
+    run = tmp_path / "run"
+    arguments = [*line, "--max-trials", "6", "--workers", "2", "--output", run]
+    parent = start(arguments)
+    wait_for(
+        lambda: list((run / "search").glob("trial_*/outcome.json")) or parent.poll() is not None
+    )
+    parent.send_signal(way)
+    _, error = parent.communicate(timeout=120)
+    wait_for(lambda: not of_the_search(run), 20)
+    assert parent.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[way]
+    if way == signal.SIGINT:
+        assert "keeps the best model so far" in error
+        assert names(run) == UNFINISHED
+    assert main([*map(str, arguments), "--resume"]) == 0
+    assert names(run) == FOUND
+    assert len(read(run / "trials.csv")) == 6
+
+
+@pytest.mark.slow
+def test_as_on_several_machines(line, tmp_path):
+    """The same command in each process, told by the environment alone what it is."""
+    run = tmp_path / "run"
+    where = {
+        "KERASTUNER_ORACLE_IP": "127.0.0.1",
+        "KERASTUNER_ORACLE_PORT": str(free_port("127.0.0.1")),
+    }
+    arguments = [*line, "--output", run]
+    worker = start(arguments, KERASTUNER_TUNER_ID="tuner0", **where)
+    chief = start(arguments, KERASTUNER_TUNER_ID="chief", **where)
+    wait_for(lambda: (run / "search" / "oracle.json").exists())
+    other = start([*arguments, "--epochs", "3"], KERASTUNER_TUNER_ID="tuner1", **where)
+    said = [each.communicate(timeout=240) for each in (worker, chief, other)]
+    assert [each.returncode for each in (worker, chief, other)] == [0, 0, 2]
+    assert "Waiting  for the chief" in said[0][0]
+    assert "Trial 3 of 3" in said[1][0]
+    assert "epochs was 2 and is 3" in said[2][1]
+    assert names(run) == FOUND
+    late = start(arguments, KERASTUNER_TUNER_ID="tuner1", **where)
+    assert "nothing is left to do" in late.communicate(timeout=120)[0]
+    assert late.returncode == 0
