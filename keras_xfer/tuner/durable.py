@@ -279,6 +279,19 @@ class DurableTuner(keras_tuner.Tuner):
         super().on_trial_end(trial)
         self.after_each_trial()
 
+    def _try_run_and_update_trial(self, trial: Any, *args: Any, **kwargs: Any) -> None:
+        # As KerasTuner's, which prints the traceback too: here it is kept, see `run_trial`.
+        try:
+            self._run_and_update_trial(trial, *args, **kwargs)
+        except keras_tuner.errors.FatalError:
+            raise
+        except keras_tuner.errors.FailedTrialError:
+            trial.status, trial.message = "FAILED", traceback.format_exc()
+        except Exception:
+            trial.status, trial.message = "INVALID", traceback.format_exc()
+        else:
+            trial.status = "COMPLETED"
+
     def run_trial(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a trial, and keep what it did or why it failed."""
         values = trial.hyperparameters.values
