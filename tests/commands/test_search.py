@@ -21,7 +21,7 @@ from tests.test_cli import OUTPUTS, SMALL, failed, fill, names, read
 FOUND = OUTPUTS | {"trials.csv", "trial_epochs.csv"}
 UNFINISHED = FOUND | {"search"}
 TINY = [*SMALL, "--weights", "none", "--batch-size", "8", "--seed", "3"]
-FUNNEL = ["--max-trials", "2", "--finalists", "1", "--epochs", "2"]
+FUNNEL = ["--max-trials", "2", "--finalists", "1", "--epochs", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -116,8 +116,8 @@ def test_an_interrupted_search_keeps_the_best_and_goes_on(
     assert [row["status"] for row in read(run / "trials.csv")] == ["completed", "interrupted"]
     assert keras.saving.load_model(run / "model.keras").output_shape == (None, 2)
 
-    status = main([*arguments, "--resume", "--epochs", "3"])
-    failed(capfd, status, "epochs was 2 and is 3", "--resume")
+    status = main([*arguments, "--resume", "--epochs", "4"])
+    failed(capfd, status, "epochs was 3 and is 4", "--resume")
     assert names(run) == UNFINISHED
     assert main([*arguments, "--resume"]) == 0
     assert "Resumed  after 1 trial" in capfd.readouterr().out
@@ -161,7 +161,7 @@ def test_where_every_trial_fails_the_first_error_is_told(line, tmp_path, capfd, 
 def test_hyperband_on_features_in_a_cache_of_its_own(pictures, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "cache"
     arguments = ["tune", str(pictures), *TINY, "--output", str(run), "--tuner", "hyperband"]
-    arguments += ["--max-trials", "2", "--epochs", "2", "--cache", str(cache)]
+    arguments += ["--max-trials", "2", "--epochs", "4", "--cache", str(cache)]
     assert main([*arguments, "--test-split", "0.2"]) == 0
     assert names(run) == FOUND
     assert len(read(run / "trials.csv")) == 2
@@ -325,12 +325,12 @@ def test_as_on_several_machines(line, tmp_path):
     worker = start(arguments, KERASTUNER_TUNER_ID="tuner0", **where)
     chief = start(arguments, KERASTUNER_TUNER_ID="chief", **where)
     wait_for(lambda: (run / "search" / "oracle.json").exists())
-    other = start([*arguments, "--epochs", "3"], KERASTUNER_TUNER_ID="tuner1", **where)
+    other = start([*arguments, "--epochs", "4"], KERASTUNER_TUNER_ID="tuner1", **where)
     said = [each.communicate(timeout=240) for each in (worker, chief, other)]
     assert [each.returncode for each in (worker, chief, other)] == [0, 0, 2]
     assert "Waiting  for the chief" in said[0][0]
     assert "Trial 3 of 3" in said[1][0]
-    assert "epochs was 2 and is 3" in said[2][1]
+    assert "epochs was 3 and is 4" in said[2][1]
     assert names(run) == FOUND
     late = start(arguments, KERASTUNER_TUNER_ID="tuner1", **where)
     assert "nothing is left to do" in late.communicate(timeout=120)[0]
