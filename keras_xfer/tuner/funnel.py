@@ -123,7 +123,7 @@ def funnel_search(
     folder = Path(directory)
     own_features = folder / _FEATURES if hypermodel.cache is None else None
     with _cached(hypermodel, own_features):
-        _check_same(folder, oracle, hypermodel, overwrite=overwrite)
+        _check_same(folder, oracle, hypermodel, seed, overwrite=overwrite)
         tuner = DurableTuner(
             oracle,
             hypermodel,
@@ -211,6 +211,8 @@ class FunnelOracle(DurableOracle, keras_tuner.Oracle):
                 )
         # Trials in the sense of KerasTuner are more: one a round.
         super().__init__(objective=objective, max_trials=None, seed=seed, **kwargs)
+        if seed is not None:  # KerasTuner takes 0 for None
+            self.seed = self._seed_state = seed
         self.head_epochs = head_epochs
         self.max_epochs = head_epochs + fine_tune_epochs
         self.rounds = _rounds(max_trials, finalists, head_epochs, self.max_epochs, factor)
@@ -305,17 +307,23 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
 
 
 def _check_same(
-    folder: Path, oracle: FunnelOracle, hypermodel: HyperTransfer, *, overwrite: bool
+    folder: Path,
+    oracle: FunnelOracle,
+    hypermodel: HyperTransfer,
+    seed: int | None,
+    *,
+    overwrite: bool,
 ) -> None:
     """Raise if the folder holds a search that was asked something else."""
     asked = {
-        "objective": str(oracle.objective.name),
+        "objective": [oracle.objective.name, oracle.objective.direction],
         "rounds": [list(each) for each in oracle.rounds],
+        "seed": seed,
         "space": hypermodel.describe(),
     }
     path = folder / "search.json"
-    if path.exists() and not overwrite and (folder / _PROJECT / "oracle.json").exists():
-        then = json.loads(path.read_text("utf-8"))
+    if not overwrite and (folder / _PROJECT / "oracle.json").exists():
+        then = json.loads(path.read_text("utf-8")) if path.exists() else {}
         different = [name for name, value in asked.items() if then.get(name) != value]
         if different:
             raise ValueError(
@@ -326,4 +334,7 @@ def _check_same(
         return
     if not is_worker():
         folder.mkdir(parents=True, exist_ok=True)
+        # The first thing to go, so that no search is ever taken for another.
+        (folder / _PROJECT / "oracle.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / _PROJECT, ignore_errors=True)
         files.write_json(path, asked)

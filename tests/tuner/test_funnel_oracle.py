@@ -293,8 +293,9 @@ def test_told_twice_that_a_trial_is_over():
 
 
 def test_the_seed_decides_the_candidates():
-    values = [[by_value(t) for t in by_round(drive(make(6, seed=s)))[0]] for s in (3, 3, 4)]
+    values = [[by_value(t) for t in by_round(drive(make(6, seed=s)))[0]] for s in (3, 3, 4, 0, 0)]
     assert values[0] == values[1] != values[2]
+    assert values[3] == values[4]  # KerasTuner takes 0 for None
     assert values[0] == [by_value(t) for t in by_round(drive(make(6, seed=3), workers=3))[0]]
 
 
