@@ -8,9 +8,9 @@ import keras
 import pytest
 
 import keras_xfer
-from keras_xfer import callbacks, features, layers, reports, stages
+from keras_xfer import callbacks, features, layers, reports, stages, tuner
 
-NAMESPACES = (keras_xfer, layers, callbacks, features, stages, reports)
+NAMESPACES = (keras_xfer, layers, callbacks, features, stages, reports, tuner)
 EXPORTED = {
     f"{name}": getattr(namespace, name)
     for namespace in NAMESPACES

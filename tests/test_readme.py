@@ -1,5 +1,6 @@
 """Every Python block of the README runs, in order, as one reader would run them."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_xfer import applications, handles
+from keras_xfer import applications, handles, tuner
 from tests import saved_models
 
 README = Path(__file__).parents[1] / "README.md"
@@ -36,6 +37,13 @@ def test_the_blocks_run(tmp_path, monkeypatch):
     monkeypatch.setattr(applications, "build", upper_part)  # no network and no time
     known = applications.spec_for("MobileNetV2")
     monkeypatch.setattr(applications, "identify", lambda model: known)  # which counts the blocks
+    short = {"max_trials": 1, "finalists": 1, "head_epochs": 1, "fine_tune_epochs": 1}
+    search = tuner.funnel_search
+    monkeypatch.setattr(
+        tuner,
+        "funnel_search",
+        functools.wraps(search)(lambda *args, **kwargs: search(*args, **{**kwargs, **short})),
+    )
     monkeypatch.chdir(tmp_path)
     text = saved_models.text(tmp_path / "text")
     monkeypatch.setattr(handles, "resolve", lambda handle, **_: str(text))
