@@ -35,6 +35,8 @@ _IDLE_SECONDS = 0.2
 # left to do, and a worker waits for a chief that is gone.
 GRACE_SECONDS = 30.0
 _PATIENCE_SECONDS = 300.0
+# How many workers a trial may take with it: memory that is not enough, a library that crashes.
+MOST_DEATHS = 3
 _NO_LIMIT = 10**9
 _OVER = ("COMPLETED", "FAILED")
 
@@ -48,6 +50,7 @@ class DurableOracle:
         super().__init__(*args, **kwargs)
         self._reserved: dict[str, str] = {}  # worker -> trial that it had before the chief was gone
         self._came_back = 0.0
+        self._deaths: dict[str, int] = {}  # trial -> workers that died of it
 
     # --- Files -------------------------------------------------------------------------------
 
@@ -104,6 +107,8 @@ class DurableOracle:
         oracle: Any = self
         if tuner_id in self._reserved:
             return self._resume(tuner_id, self._reserved.pop(tuner_id))
+        if tuner_id in oracle.ongoing_trials:
+            self._count_death(oracle.ongoing_trials[tuner_id])
         trial = self._next(tuner_id)
         if not self._reserved or trial.status not in ("IDLE", "STOPPED"):
             return trial
@@ -112,6 +117,16 @@ class DurableOracle:
         trial.status = "IDLE"
         oracle.tuner_ids.add(tuner_id)
         return trial
+
+    def _count_death(self, trial: Any) -> None:
+        """A worker asks again, that had this trial: give up what kills all who run it."""
+        deaths = self._deaths[trial.trial_id] = self._deaths.get(trial.trial_id, 0) + 1
+        if deaths >= MOST_DEATHS:
+            trial.status = "FAILED"
+            trial.message = f"The process that ran it died, {deaths} times."
+            folder = Path(self._get_trial_dir(trial.trial_id))  # type: ignore[attr-defined]
+            records.write_failure(folder, trial, 0.0, trial.message)
+            self.end_trial(trial)
 
     def _resume(self, tuner_id: str, trial_id: str) -> Any:
         oracle: Any = self

@@ -1,11 +1,12 @@
 """A search that tells what it does, to be run as a chief and workers and to be killed.
 
 Each trial says in `events` when it begins and when it is done; in between it takes its time. The
-trial FAILS fails, whoever runs it.
+trial FAILS fails, or kills its process, whoever runs it.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ def events(folder):
     return [line.split(" ") for line in lines]
 
 
-def main(folder, kind, seconds, overwrite):
+def main(folder, kind, seconds, overwrite=False, dies=False):
     from keras_xfer import lifeline
 
     lifeline.watch()
@@ -47,6 +48,8 @@ def main(folder, kind, seconds, overwrite):
             trial = next(each.trial.trial_id for each in callbacks if hasattr(each, "trial"))
             event(folder, "begin", trial)
             time.sleep(seconds)
+            if int(trial) == FAILS and dies:
+                os.kill(os.getpid(), signal.SIGKILL)
             if int(trial) == FAILS:
                 raise ValueError("this one always fails")
             history = model.fit(*args, callbacks=callbacks, **kwargs)
@@ -71,5 +74,4 @@ def main(folder, kind, seconds, overwrite):
 
 
 if __name__ == "__main__":
-    told = json.loads(sys.argv[2])
-    main(sys.argv[1], told["kind"], told["seconds"], told.get("overwrite", False))
+    main(sys.argv[1], **json.loads(sys.argv[2]))

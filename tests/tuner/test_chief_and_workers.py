@@ -8,9 +8,12 @@ import sys
 import time
 from collections import Counter
 
+import keras
+import keras_tuner
 import psutil
 import pytest
 
+from keras_xfer.tuner import DurableTuner, HyperTransfer, durable, records
 from keras_xfer.tuner.workers import free_port, run_workers
 from tests.tuner import searching
 from tests.tuner.searching import FAILS, TRIALS, events
@@ -109,7 +112,7 @@ class Scene:
                 pass
         return left
 
-    def check(self, trials=TRIALS):
+    def check(self, why="this one always fails", trials=TRIALS):
         """Every trial is over, none was lost and none was counted twice."""
         state = self.state()
         assert len(state["start_order"]) == len(state["end_order"]) == trials
@@ -125,7 +128,7 @@ class Scene:
             outcome = json.loads(
                 (self.folder / "search" / f"trial_{trial}" / "outcome.json").read_text()
             )
-            assert ("this one always fails" in outcome["error"]) is is_wrong
+            assert (why in outcome["error"]) is is_wrong
         done = Counter(each[3] for each in events(self.folder) if each[0] == "done")
         assert done == dict.fromkeys(set(found) - {each for each in found if int(each) == FAILS}, 1)
 
@@ -158,13 +161,40 @@ def test_whatever_happens_the_search_comes_to_its_end(scene):
     assert all(lives[name] == 1 for name in NAMES if name not in ("chief", "tuner1"))
 
 
+def test_a_trial_that_kills_all_who_run_it_is_given_up(tmp_path):
+    oracle = durable(keras_tuner.oracles.RandomSearchOracle)("val_loss", max_trials=2, seed=1)
+    hypermodel = HyperTransfer(2, backbones={"base": tiny()}, input_shape=(8, 8, 3))
+    DurableTuner(oracle, hypermodel, directory=tmp_path)
+    got = [oracle.create_trial("tuner0") for _ in range(4)]
+    assert [trial.trial_id for trial in got] == ["0", "0", "0", "1"]
+    assert oracle.trials["0"].status == "FAILED"
+    assert oracle.end_order == ["0"]
+    (outcome,) = records.outcomes(tmp_path / "search")
+    assert outcome["error"] == "The process that ran it died, 3 times."
+    # Another's deaths are not those of this worker's trial.
+    assert oracle.create_trial("tuner0").trial_id == "1"
+    assert oracle.create_trial("tuner1").status == "STOPPED"
+
+
+def tiny():
+    return keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+
+
+@pytest.mark.slow
+def test_workers_that_a_trial_kills(tmp_path):
+    scene = Scene(tmp_path)
+    scene.options["dies"] = True
+    scene.run()
+    scene.check("The process that ran it died")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "funnel"])
 @pytest.mark.parametrize("names", [["tuner0"], ["chief"], ["tuner2", "chief", "tuner2", "chief"]])
 def test_kills(tmp_path, kind, names):
     scene = Scene(tmp_path, kind)
     scene.run(*(scene.kill(name) for name in names))
-    scene.check(TRIALS if kind == "random" else len(scene.state()["start_order"]))
+    scene.check(trials=TRIALS if kind == "random" else len(scene.state()["start_order"]))
 
 
 @pytest.mark.slow
