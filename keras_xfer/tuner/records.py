@@ -21,6 +21,7 @@ FILES = (OUTCOME, EPOCHS)
 HYPERPARAMETER = "hp."
 _OWN = "tuner/"  # what tuners add to the hyperparameters of a trial
 _STAGES = ("head", "fine-tuning")
+_NO_NUMBER = "The objective is not a number."
 
 
 def write_success(folder: Path, trial: Any, objective: Any, results: Any, seconds: float) -> None:
@@ -41,17 +42,19 @@ def write_success(folder: Path, trial: Any, objective: Any, results: Any, second
     writer.writerows(rows)
     files.write_text(folder / EPOCHS, text.getvalue())
     stage = max((int(row.get("stage", 0)) for row in rows), default=0)
+    best = _best(results, objective)
+    failed = math.isnan(best["score"])  # as KerasTuner takes it
     files.write_json(
         folder / OUTCOME,
         {
             "trial": trial.trial_id,
             "round": trial.hyperparameters.values.get("tuner/round", 0),
-            "status": "completed",
+            "status": "failed" if failed else "completed",
             "stage": _STAGES[min(stage, 1)],
-            **_best(results, objective),
+            **best,
             "epochs": len({row["epoch"] for row in rows}),
             "seconds": seconds,
-            "error": "",
+            "error": _NO_NUMBER if failed else "",
         },
     )
 
@@ -240,7 +243,7 @@ def _outcome(project: Path, trial: Any) -> dict[str, Any]:
         outcome = _read_outcome(path)
         if trial.status == "FAILED" and outcome["status"] == "completed":
             outcome["status"] = "failed"  # its objective is none, or not a number
-            outcome["error"] = trial.message or "The objective is not a number."
+            outcome["error"] = trial.message or _NO_NUMBER
         return outcome
     status = {"RUNNING": "interrupted", "COMPLETED": "completed"}.get(trial.status, "failed")
     score = math.nan if trial.score is None else float(trial.score)
