@@ -103,7 +103,7 @@ class Search:
             KeyboardInterrupt: With a message that says what is kept.
         """
         run, screen, recipe = self._run, self._screen, self._recipe
-        _check_port(team)
+        team = _with_port(team)
         folder = job.look_at(self._images, self._training_recipe(), screen)
         record = self._record(folder.fingerprint())
         if resume:
@@ -149,6 +149,11 @@ class Search:
         is_worker = process_of(os.environ) == "worker"
         if is_worker and not self._wait_for_chief():
             return
+        if not (self._run / _IMAGES).is_file():
+            raise UsageError(
+                f"--output: {str(self._run.path)!r} holds no search. Give the folder that the chief "
+                "writes, on a disk that all machines share"
+            )
         if different := self._run.differences(self._record(None)):
             raise UsageError(
                 f"{str(self._run.path)!r} holds a search that was asked for otherwise: "
@@ -308,10 +313,14 @@ class Search:
             text = f"heads: {rounds}; fine-tuning: {finalists} to epoch {epochs}"
         screen.line(f"Search   {text}")
         if team is not None:
-            screen.line(
-                f"Workers  {team.workers}, whose logs are in {self._run / _LOGS}{os.sep}"
-                + ("" if is_loopback(team.address) else ", and those of other machines")
-            )
+            screen.line(f"Workers  {team.workers}, whose logs are in {self._run / _LOGS}{os.sep}")
+            if not is_loopback(team.address):
+                screen.line(
+                    "         others join by this command without --workers, and the address of this "
+                    f"machine as KERASTUNER_ORACLE_IP, KERASTUNER_ORACLE_PORT={team.port} and a "
+                    f"KERASTUNER_TUNER_ID of their own, from tuner{team.workers} on; whoever reaches "
+                    "the port can change the search"
+                )
         if resume and (ended := self._progress(1).num_ended):
             screen.line(f"Resumed  after {counted(ended, 'trial')}")
 
@@ -456,24 +465,25 @@ def _image_folder(root: Path, told: dict[str, Any]) -> ImageFolder:
     return ImageFolder(root, tuple(told["class_names"]), **splits, skipped=skipped)
 
 
-def _check_port(team: Team | None) -> None:
-    """Refuse a port that is taken: two chiefs would share it without a word."""
+def _with_port(team: Team | None) -> Team | None:
+    """Find the chief a port, and refuse one that is taken: two chiefs would share it unnoticed."""
     if team is not None:
-        where: tuple[str, int | None] = (team.address, team.port)
-        option = "--listen"
+        option, address, port = "--listen", team.address, team.port
     elif process_of(os.environ) == "chief":
-        where = (os.environ["KERASTUNER_ORACLE_IP"], int(os.environ["KERASTUNER_ORACLE_PORT"]))
         option = "KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT"
+        address = os.environ["KERASTUNER_ORACLE_IP"]
+        port = int(os.environ["KERASTUNER_ORACLE_PORT"])
     else:
-        return
+        return None
     try:
-        free_port(*where)
+        found = free_port(address, port)
     except OSError as error:
-        port = "" if where[1] is None else f":{where[1]}"
+        at = address if port is None else f"{address}:{port}"
         raise UsageError(
-            f"{option}: the chief cannot listen at {where[0]}{port} ({error.strerror}). Give an "
-            "address of this machine and a free port"
+            f"{option}: the chief cannot listen at {at} ({error.strerror}). Give an address of this "
+            "machine and a free port"
         ) from error
+    return None if team is None else Team(team.command, team.workers, address, found)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,9 @@ is not. Set all of KERASTUNER_ORACLE_IP, KERASTUNER_ORACLE_PORT, KERASTUNER_TUNE
             f"{_VARIABLES[0]} is set and {' and '.join(missing)} is not. Set all of "
             f"{', '.join(_VARIABLES)}, or none"
         )
+    port = environment[_VARIABLES[1]]
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UsageError(f"{_VARIABLES[1]}: expected a port, such as 8000. Received: {port!r}")
     return "chief" if "chief" in environment["KERASTUNER_TUNER_ID"] else "worker"
 
 
