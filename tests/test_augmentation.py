@@ -83,9 +83,6 @@ def test_seeds():
     assert [layer.seed for layer in make_augmentation(**ALL, seed=5).layers] == [5, 6, 7, 8, 9]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the Sequential around the layers casts to float16 by its own policy"
-)
 def test_float32_whatever_the_policy():
     keras.config.set_dtype_policy("mixed_float16")
     model = make_augmentation(**{**NOTHING, "shift": 0.1}, seed=7)

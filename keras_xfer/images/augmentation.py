@@ -54,4 +54,9 @@ def make_augmentation(
             edges = {} if layer is layers.RandomFlip else {"fill_mode": "nearest"}
             own_seed = None if seed is None else seed + len(made)
             made.append(layer(**arguments, **edges, seed=own_seed, dtype="float32"))
-    return keras.Sequential(made, name=name)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")  # of the model around them too, which would cast first
+    try:
+        return keras.Sequential(made, name=name)
+    finally:
+        keras.config.set_dtype_policy(before)

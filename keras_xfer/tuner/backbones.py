@@ -176,18 +176,22 @@ class _Maker:
 
 def _maker(name: str, given: Any, weights: Any) -> _Maker:
     if isinstance(given, str) and not _is_handle(given):
-        applications.spec_for(given)  # an unknown name is told now
-        return _Maker(
-            name,
-            lambda input_shape, batch_norm, hp: Backbone.from_application(  # noqa: ARG005
-                given, input_shape=input_shape, weights=weights, pooling=None
-            ),
-        )
+        size = applications.spec_for(given).default_image_size  # an unknown name is told now
+
+        def make(input_shape: Shape | None, batch_norm: Any, hp: Any) -> Backbone:  # noqa: ARG001
+            shape = input_shape or image_shape(3, size)
+            if weights is not None:  # are those of three channels
+                shape = image_shape(3, *size_of(shape))
+            return Backbone.from_application(
+                given, input_shape=shape, weights=weights, pooling=None
+            )
+
+        return _Maker(name, make)
     if isinstance(given, str | os.PathLike):
         maker = _Maker(
             name,
             lambda input_shape, batch_norm, hp: Backbone.from_hub(  # noqa: ARG005
-                given, batch_norm=batch_norm, image_size=_size(input_shape)
+                given, batch_norm=batch_norm, image_size=_fixed_size(input_shape)
             ),
         )
         maker.is_hub = True
@@ -279,11 +283,29 @@ def _is_handle(text: str) -> bool:
     return "/" in text or os.sep in text or Path(text).exists()
 
 
-def _size(input_shape: Shape | None) -> tuple[int, int] | None:
-    if input_shape is None or None in input_shape:
+def size_of(shape: Shape) -> Shape:
+    """Height and width of images of `shape`."""
+    return shape[1:] if keras.config.image_data_format() == "channels_first" else shape[:2]
+
+
+def channels_of(shape: Shape) -> int:
+    """Channels of images of `shape`."""
+    is_first = keras.config.image_data_format() == "channels_first"
+    return shape[0 if is_first else -1] or 3
+
+
+def image_shape(channels: int, height: int | None, width: int | None = None) -> Shape:
+    """The shape of images; square ones where no width is given."""
+    size = (height, height if width is None else width)
+    if keras.config.image_data_format() == "channels_first":
+        return (channels, *size)
+    return (*size, channels)
+
+
+def _fixed_size(input_shape: Shape | None) -> Any:
+    if input_shape is None or None in size_of(input_shape):
         return None
-    height, width = input_shape[:2]
-    return (height, width)  # type: ignore[return-value]  # None was ruled out
+    return size_of(input_shape)
 
 
 def _gives_maps(model: keras.Layer, input_shape: Shape | None) -> bool:

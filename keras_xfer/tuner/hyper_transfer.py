@@ -20,7 +20,7 @@ from keras_xfer.images import make_augmentation
 from keras_xfer.layers import Backbone, BackbonePreprocessing
 from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
 from keras_xfer.stages import Stage
-from keras_xfer.tuner.backbones import Backbones, Shape, Taken
+from keras_xfer.tuner.backbones import Backbones, Shape, Taken, channels_of, image_shape, size_of
 from keras_xfer.tuner.space import TUNED, SearchSpace
 from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint, local_oracle
 
@@ -213,7 +213,13 @@ class HyperTransfer(keras_tuner.HyperModel):
             ValueError: `batch_size` is searched and the data come in batches, or the labels are
                 not what the model was told.
         """
-        kwargs = {**dict(zip(_FIT_ARGUMENTS, args, strict=False)), **kwargs}
+        if len(args) > len(_FIT_ARGUMENTS):
+            raise TypeError(
+                f"Expected {', '.join(_FIT_ARGUMENTS)} by position, and the others by name. "
+                f"Received: {len(args)} arguments by position."
+            )
+        named = dict(zip(_FIT_ARGUMENTS, args, strict=False))
+        kwargs = {"epochs": 1, **named, **kwargs}
         values = self._space.values(hp)
         self._check_data(kwargs)
         if values["batch_size"] is not None:
@@ -293,7 +299,7 @@ class HyperTransfer(keras_tuner.HyperModel):
         head_epochs = min(head_epochs or math.ceil(epochs / 3), max(1, epochs - (count - 1)))
         stages = [_stage(None, head_epochs, values, rate, "head")]
         more = count - 1
-        each_epochs = math.ceil((epochs - head_epochs) / more)
+        each_epochs = max(1, (epochs - head_epochs) // more)
         for index in range(1, count):
             start = _start(backbone, values["unfreeze"], index / more)
             stages.append(
@@ -312,10 +318,10 @@ class HyperTransfer(keras_tuner.HyperModel):
 
     def _model(self, hp: Any, values: Mapping[str, Any]) -> keras.Model:
         size = values["image_size"]
-        shape: Shape = self.input_shape or _any_size(3)
+        shape: Shape = self.input_shape or image_shape(3, None)
         wanted: Shape | None = shape if None not in shape else None
         if size is not None:
-            wanted = (size, size, shape[-1])
+            wanted = image_shape(channels_of(shape), size)
         taken = self._backbones.take(
             values["backbone"],
             wanted,
@@ -331,7 +337,6 @@ class HyperTransfer(keras_tuner.HyperModel):
                 shift=0.15 * strength,
                 zoom=0.2 * strength,
                 rotation=0.05 * strength,
-                shear=0.1 * strength,
                 flip=self.flip,
             )(x)
         for layer in _preprocessing(taken, shape):
@@ -498,20 +503,14 @@ def _can_thaw(backbone: Backbone) -> bool:
 
 def _preprocessing(taken: Taken, shape: Shape) -> list[keras.layers.Layer]:
     """What brings images of `shape` to what the backbone takes."""
-    size = taken.input_shape[:2]
-    if keras.config.image_data_format() == "channels_first":
-        size = taken.input_shape[1:]
-    is_right = taken.input_shape == shape or None in size
+    size = size_of(taken.input_shape)
+    is_right = size == size_of(shape) or None in size
     resize: dict[str, Any] = {} if is_right else {"image_size": size}
     if taken.preprocessing is not None:
         return [taken.preprocessing(**resize)]
-    return [BackbonePreprocessing(1.0, 0.0, **resize)] if resize else []
-
-
-def _any_size(channels: int) -> Shape:
-    if keras.config.image_data_format() == "channels_first":
-        return (channels, None, None)
-    return (None, None, channels)
+    if not resize and channels_of(shape) == channels_of(taken.input_shape):
+        return []
+    return [BackbonePreprocessing(1.0, 0.0, **resize)]
 
 
 def _trial(callbacks: Sequence[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ PARAMETERS = (
     Parameter("stages", None, low=1, step=1),
     Parameter("head_epochs", None, low=2, high=10, step=1, of="stages"),
     Parameter("unfreeze", 0.25, choices=(0.1, 0.25, 0.5, 1.0), of="stages"),
-    Parameter("backbone_learning_rate", None, low=1e-6, high=1e-3, log=True, of="stages"),
+    Parameter("backbone_learning_rate", None, low=1e-5, high=1e-3, log=True, of="stages"),
     Parameter("layer_decay", 1.0, low=0.7, high=1.0, step=0.05, of="stages"),
     Parameter("batch_norm", "frozen", choices=("frozen", "affine", "train"), of="stages"),
 )
@@ -114,7 +115,12 @@ class SearchSpace:
             self.parameters[each.name] = parameter
             if is_searched and not _is_constant(parameter):
                 self.searched.add(each.name)
-        _check_backbone(self.parameters["backbone"], backbones)
+        if "head_units" in self.searched and "head_layers" not in (self.searched | told.keys()):
+            layers = self.parameters["head_layers"]  # one, or there would be no units
+            self.parameters["head_layers"] = dataclasses.replace(layers, default=1)
+        backbone = self.parameters["backbone"]
+        chosen = backbone.choices if "backbone" in self.searched else (backbone.default,)
+        _check_backbone(chosen, backbones)
 
     def without_maps(self, backbones: Iterable[str]) -> None:
         """Say which backbones give no feature maps, so that there is nothing to pool."""
@@ -138,37 +144,49 @@ class SearchSpace:
 
     def _value(self, hp: Any, parameter: Parameter, values: Mapping[str, Any]) -> Any:
         name = parameter.name
-        # The user's own, given to the tuner as `hyperparameters=`, with whatever conditions.
-        if any(each.name == name and not each.conditions for each in hp.space):
-            return hp.get(name)
-        if name not in self.searched:
-            return parameter.default
-        condition = self._condition(parameter, values)
+        condition = self._condition(hp, parameter, values)
+        # The user's own, given to a tuner as `hyperparameters=`, come first.
+        named = [each for each in hp.space if each.name == name]
+        ours = [condition] if isinstance(condition, tuple) else []
+        theirs = [each for each in named if _conditions(each) != ours]
+        is_ours = name in self.searched and condition is not False
+        if theirs or not is_ours:
+            return hp.get(name) if named and name in hp else parameter.default
         if condition is None:
             return _declare(hp, parameter)
-        if condition is False:
-            return parameter.default
         parent, active = condition
-        with hp.conditional_scope(parent, active):
+        with hp.conditional_scope(parent, list(active)):
             value = _declare(hp, parameter)
         return parameter.default if value is None else value
 
-    def _condition(self, parameter: Parameter, values: Mapping[str, Any]) -> Any:
+    def _condition(self, hp: Any, parameter: Parameter, values: Mapping[str, Any]) -> Any:
         """None: it always acts; False: never; else what it depends on, and where it acts."""
         if parameter.of is None:
             return None
-        if parameter.of == "maps":
-            parent, active, least = "backbone", list[Any](self._maps), 0
-        else:
-            parent = parameter.of
-            of = self.parameters[parent]
-            least = 2 if parent == "stages" else 1
-            known = of.choices or range(int(of.low or 0), int(of.high or 0) + 1)
-            active = [value for value in known if value >= least]
-        if parent in self.searched:
-            return (parent, active) if active else False
-        acts = values[parent] in active or (parameter.of != "maps" and values[parent] >= least)
-        return None if acts else False
+        parent = "backbone" if parameter.of == "maps" else parameter.of
+        least = {"head_layers": 1, "stages": 2}
+
+        def acts(value: Any) -> bool:
+            return bool(value in self._maps if parent == "backbone" else value >= least[parent])
+
+        searched = next((each for each in hp.space if each.name == parent), None)
+        if searched is None:
+            return None if acts(values[parent]) else False
+        active = tuple(value for value in _possible(searched) if acts(value))
+        return (parent, active) if active else False
+
+
+def _conditions(declared: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    return [(condition.name, tuple(condition.values)) for condition in declared.conditions]
+
+
+def _possible(declared: Any) -> Iterable[Any]:
+    """The values that a declared hyperparameter may have, of those that others depend on."""
+    if hasattr(declared, "values"):
+        return tuple(declared.values)
+    if hasattr(declared, "value"):  # `hp.Fixed`
+        return (declared.value,)
+    return range(declared.min_value, declared.max_value + 1, declared.step or 1)
 
 
 def _declare(hp: Any, parameter: Parameter) -> Any:
@@ -179,7 +197,7 @@ def _declare(hp: Any, parameter: Parameter) -> Any:
     low: Any = parameter.low
     high: Any = parameter.high
     if default is None or not low <= default <= high:
-        default = low
+        default = math.sqrt(low * high) if parameter.log else low
     if isinstance(low, int):
         return hp.Int(name, low, high, step=parameter.step or 1, default=default)
     if parameter.log:
@@ -193,6 +211,16 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
     if isinstance(value, list):
         if not value:
             raise ValueError(f"Expected values to choose from. Received: space={{{name!r}: []}}.")
+        kinds = {_kind(each) for each in value}
+        if kinds == {int, float}:
+            kinds = {float}
+        if len(kinds) > 1 or None in kinds:
+            raise TypeError(
+                "Expected values of one type to choose from: str, bool, int or float. Received: "
+                f"space={{{name!r}: {value!r}}}."
+            )
+        if kinds == {float}:
+            value = [float(each) for each in value]
         default = parameter.default if parameter.default in value else value[0]
         changes = {"choices": tuple(value), "low": None, "high": None, "default": default}
         return dataclasses.replace(parameter, **changes), True
@@ -208,6 +236,8 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
             )
         kind = int if isinstance(parameter.low, int) else float
         low, high = (kind(each) for each in value)
+        if low == high:
+            return dataclasses.replace(parameter, default=low), False
         default = parameter.default
         if default is not None:
             default = min(max(default, low), high)
@@ -221,6 +251,13 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
             f"Received: space={{{name!r}: {value!r}}}."
         )
     return dataclasses.replace(parameter, default=value), False
+
+
+def _kind(value: Any) -> type | None:
+    """What KerasTuner takes a choice for; None where it takes none."""
+    if isinstance(value, float):
+        return float
+    return next((kind for kind in (bool, int, str) if isinstance(value, kind)), None)
 
 
 def _is_constant(parameter: Parameter) -> bool:
@@ -238,8 +275,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_backbone(parameter: Parameter, backbones: Sequence[str]) -> None:
-    for name in parameter.choices or (parameter.default,):
+def _check_backbone(chosen: Iterable[str], backbones: Sequence[str]) -> None:
+    for name in chosen:
         if name not in backbones:
             raise ValueError(
                 f"Expected one of the backbones {', '.join(map(repr, backbones))}. "

@@ -95,9 +95,6 @@ def test_grey_images_of_a_backbone_that_takes_colour():
     np.testing.assert_allclose(got, expected.mean(axis=(1, 2)), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an application is asked for one channel, which its weights do not have"
-)
 def test_grey_images_of_an_application_with_weights(tmp_path):
     original = keras.applications.MobileNetV2((32, 32, 3), include_top=False, weights=None)
     original.save_weights(tmp_path / "colour.weights.h5")
@@ -109,9 +106,6 @@ def test_grey_images_of_an_application_with_weights(tmp_path):
     assert model.get_layer("backbone").model.input_shape[-1] == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="applications without a shape take any size, so nothing is resized"
-)
 def test_images_of_any_size_are_resized_to_what_the_backbone_was_trained_on():
     model = built(backbones=["MobileNetV2"], weights=None, input_shape=None)
     inputs = model.get_layer("backbone").input
@@ -136,9 +130,6 @@ def test_whether_images_are_mirrored():
         assert any("flip" in layer.name for layer in layers) is flip
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="Keras 3.15's RandomShear saves and does not reload"
-)
 def test_a_model_that_augments_reloads(tmp_path):
     model = built(space={**FIXED, "augment": 0.5})
     model.save(tmp_path / "model.keras")
@@ -383,10 +374,6 @@ def test_each_way_to_say_where_thawing_begins(unfreeze, start):
         *(
             pytest.param(
                 *each,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="rounded up, the stages before it leave no epoch to the last",
-                ),
             )
             for each in ((6, 4), (7, 4), (9, 5))
         ),
@@ -519,9 +506,6 @@ def test_data_in_batches(tmp_path, is_cached):
         False,
         pytest.param(
             True,
-            marks=pytest.mark.xfail(
-                strict=True, raises=ValueError, reason="fit_staged is not told of the one epoch"
-            ),
         ),
     ],
 )

@@ -107,9 +107,6 @@ def test_a_range_of_one_value_fixes_it(name):
     assert of.values(keras_tuner.HyperParameters())[name] == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="where there is no usual value, a range of one value is forgotten"
-)
 @pytest.mark.parametrize(
     ("name", "value"),
     [("weight_decay", 1e-3), ("head_epochs", 3), ("backbone_learning_rate", 1e-2)],
@@ -119,9 +116,6 @@ def test_a_range_of_one_value_fixes_what_has_no_usual_value(name, value):
     assert of.values(keras_tuner.HyperParameters())[name] == value
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the least of its range stands for the usual value where it is searched"
-)
 def test_what_is_not_drawn_yet_is_the_usual_value():
     """As of the first trial, and of all of them with `tune_new_entries=False`."""
     values = space(tune=("backbone_learning_rate",)).values(keras_tuner.HyperParameters())
@@ -151,9 +145,6 @@ def test_a_wrong_name_is_told_the_nearest(where):
             {"backbone": "three"},
             ValueError,
             "'one', 'two'.*'three'",
-            marks=pytest.mark.xfail(
-                strict=True, reason="of a fixed backbone the choices are checked, not the value"
-            ),
         ),
         ({"backbone": ["one", "three"]}, ValueError, "'three'"),
     ],
@@ -248,9 +239,6 @@ def test_the_users_own_are_taken():
     assert (values["optimizer"], values["batch_size"]) == ("ftrl", 9)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="conditions are on the package's own range of the parent, not on the user's"
-)
 def test_a_wider_parent_of_the_users_keeps_its_children():
     hp = keras_tuner.HyperParameters()
     hp.Int("head_layers", 0, 4, default=4)
@@ -259,9 +247,6 @@ def test_a_wider_parent_of_the_users_keeps_its_children():
     assert hp.is_active("head_units")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a parent that the user alone searches is taken for a fixed value"
-)
 def test_a_parent_that_the_user_searches_declares_its_children():
     hp = keras_tuner.HyperParameters()
     hp.Int("stages", 1, 2, default=1)
@@ -270,7 +255,6 @@ def test_a_parent_that_the_user_searches_declares_its_children():
     assert found["unfreeze"].conditions
 
 
-@pytest.mark.xfail(strict=True, reason="the user's conditional one is declared a second time")
 def test_a_conditional_one_of_the_users_is_taken():
     hp = keras_tuner.HyperParameters()
     hp.Boolean("wide", default=True)
