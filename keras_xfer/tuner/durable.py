@@ -242,6 +242,8 @@ class DurableTuner(keras_tuner.Tuner):
                 "other workers have done. Received: overwrite=True. Pass it to the chief alone."
             )
         folder = Path(directory) / project_name
+        for name in ("oracle.json", f"{tuner_id}.json"):
+            remove_leftovers(folder / name)
         if (folder / "oracle.json").exists() and not overwrite:
             # KerasTuner looks for the file of this worker, to tell whether there is a search.
             own = folder / f"{tuner_id}.json"
@@ -316,6 +318,7 @@ class DurableTuner(keras_tuner.Tuner):
         folder = Path(self.get_trial_dir(trial.trial_id))
         for name in (trial_files.STATE, trial_files.WEIGHTS, *records.FILES):
             (folder / name).unlink(missing_ok=True)  # of an attempt that was cut off
+        for name in (trial_files.STATE, trial_files.WEIGHTS, *records.FILES, "trial.json"):
             remove_leftovers(folder / name)
         if self.seed is not None:
             keras.utils.set_random_seed(self.seed + int(trial.trial_id))

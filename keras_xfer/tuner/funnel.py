@@ -17,7 +17,13 @@ from keras_xfer.features import FeatureCache
 from keras_xfer.tuner.durable import DurableOracle, DurableTuner, is_worker
 from keras_xfer.tuner.hyper_transfer import HyperTransfer
 from keras_xfer.tuner.progress import SearchProgress
-from keras_xfer.tuner.search_result import SearchResult, search_result
+from keras_xfer.tuner.search_result import (
+    BEST_MODEL,
+    TRIAL_EPOCHS,
+    TRIALS,
+    SearchResult,
+    search_result,
+)
 
 _PROJECT = "search"
 _FEATURES = "features"
@@ -322,6 +328,8 @@ def _check_same(
         "space": hypermodel.describe(),
     }
     path = folder / "search.json"
+    for name in (path.name, TRIALS, TRIAL_EPOCHS, BEST_MODEL):
+        files.remove_leftovers(folder / name)
     if not overwrite and (folder / _PROJECT / "oracle.json").exists():
         then = json.loads(path.read_text("utf-8")) if path.exists() else {}
         different = [name for name, value in asked.items() if then.get(name) != value]
