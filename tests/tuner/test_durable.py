@@ -5,10 +5,14 @@ import math
 import os
 import shutil
 
+import keras
 import keras_tuner
+import numpy as np
 import pytest
 
-from keras_xfer.tuner import FunnelOracle, durable
+from keras_xfer.tuner import DurableTuner, FunnelOracle, durable
+from tests.tuner import hypermodels
+from tests.tuner.hypermodels import Watching
 
 oracles = keras_tuner.oracles
 
@@ -269,3 +273,155 @@ def test_failures_end_it_where_that_is_asked(tmp_path):
             oracle.end_trial(trial)
     with pytest.raises(RuntimeError, match="consecutive failures"):
         oracle.end_trial(trial)
+
+
+# --- The tuner -------------------------------------------------------------------------------
+
+SPACE = {**hypermodels.FIXED, "learning_rate": [0.003, 0.01, 0.03], "head_epochs": 1}
+
+
+def tuner(folder, kind=oracles.RandomSearchOracle, *, made=None, objective="val_loss", **kwargs):
+    options = {"max_trials": 3}
+    if kind is oracles.HyperbandOracle:
+        options = {"max_epochs": 3, "factor": 2}
+    if kind is oracles.BayesianOptimizationOracle:
+        options = {"max_trials": 3, "num_initial_points": 2}
+    oracle = durable(kind)(objective=objective, seed=1, **options)
+    made = made or hypermodels.hypermodel(space=SPACE, max_stages=1)
+    return DurableTuner(oracle, made, directory=folder, seed=1, **kwargs)
+
+
+def search(made, callbacks=(), **kwargs):
+    x, y = hypermodels.data(32)
+    made.search(
+        x[:16], y[:16], validation_data=(x[16:], y[16:]), batch_size=8, verbose=0,
+        callbacks=list(callbacks), **{"epochs": 2, "shuffle": False, **kwargs},
+    )  # fmt: skip
+    return made
+
+
+class StopsAt(keras.callbacks.Callback):
+    """The process dies in an epoch, counted over all trials."""
+
+    def __init__(self, after, count=None):
+        super().__init__()
+        self.after, self.count = after, [0] if count is None else count
+
+    def __deepcopy__(self, memo):
+        return StopsAt(self.after, self.count)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.count[0] += 1
+        if self.count[0] == self.after:
+            raise Killed
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_every_oracle_goes_on_as_if_it_had_never_stopped(tmp_path, kind):
+    whole = search(tuner(tmp_path / "whole", kind))
+    with pytest.raises(Killed):
+        search(tuner(tmp_path / "killed", kind), [StopsAt(4)])
+    assert len(tuner(tmp_path / "killed", kind).oracle.end_order) >= 1
+    resumed = search(tuner(tmp_path / "killed", kind))
+    assert table(resumed.oracle) == table(whole.oracle)
+    assert len(whole.oracle.trials) >= 3
+    best = [made.get_best_models(2) for made in (whole, resumed)]
+    for one, other in zip(*best, strict=True):
+        hypermodels.assert_same(one.get_weights(), other.get_weights())
+
+
+def test_the_best_models_are_those_of_the_best_scores(tmp_path):
+    watching = Watching()
+    made = search(tuner(tmp_path), [watching])
+    trials = made.oracle.get_best_trials(3)
+    scores = [trial.score for trial in trials]
+    assert scores == sorted(scores)
+    x, y = hypermodels.data(32)
+    for trial, model in zip(trials, made.get_best_models(3), strict=True):
+        loss, _ = model.evaluate(x[16:], y[16:], verbose=0)
+        assert loss == pytest.approx(trial.score, rel=1e-5)
+        run = watching.runs[made.oracle.start_order.index(trial.trial_id)]
+        epoch = min(run["logs"], key=lambda each: run["logs"][each]["val_loss"])
+        hypermodels.assert_same(model.get_weights(), run["epochs"][epoch])
+
+
+def test_more_trials_fail_in_a_row_than_keras_tuner_forgives(tmp_path):
+    class Fails(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise RuntimeError("made up")
+
+    oracle = durable(oracles.RandomSearchOracle)(objective="val_loss", max_trials=5, seed=1)
+    space = {**SPACE, "learning_rate": (0.001, 0.1)}
+    made = DurableTuner(
+        oracle, hypermodels.hypermodel(space=space, max_stages=1), directory=tmp_path
+    )
+    search(made, [Fails()])
+    assert [trial.status for trial in made.oracle.trials.values()] == ["FAILED"] * 5
+    for name in made.oracle.trials:
+        outcome = json.loads((tmp_path / "search" / f"trial_{name}" / "outcome.json").read_text())
+        assert outcome["status"] == "failed"
+        assert outcome["error"].strip().endswith("RuntimeError: made up")
+
+
+def test_executions_of_a_trial(tmp_path):
+    watching = Watching()
+    made = search(tuner(tmp_path, executions_per_trial=2), [watching])
+    assert len(watching.runs) == 2 * 3
+    for number, trial in enumerate(made.oracle.trials.values()):
+        runs = watching.runs[2 * number : 2 * number + 2]
+        best = [min(logs["val_loss"] for logs in run["logs"].values()) for run in runs]
+        assert trial.score == pytest.approx(np.mean(best))
+        rows = (tmp_path / "search" / f"trial_{trial.trial_id}" / "epochs.csv").read_text()
+        assert len(rows.splitlines()) == 1 + 4
+
+
+def test_told_after_each_trial(tmp_path):
+    made, told = tuner(tmp_path), []
+    made.after_each_trial = lambda: told.append(list(made.oracle.end_order))
+    search(made)
+    assert told == [["0"], ["0", "1"], ["0", "1", "2"]]
+
+
+def test_a_seed_decides_a_trial_and_none_does_not(tmp_path):
+    def weights(folder, seed):
+        made = tuner(tmp_path / folder)
+        made.seed = seed
+        return search(made).get_best_models()[0].get_weights()
+
+    first = weights("one", 5)
+    assert hypermodels.differ(first, weights("two", 6))
+    hypermodels.assert_same(first, weights("three", 5))
+
+
+def test_what_a_killed_process_half_wrote_is_removed(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def dies(source, target):
+        if str(target).endswith("best_weights.zip"):
+            shutil.copy(source, str(source).replace(str(os.getpid()), "999999999"))
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(Killed):
+        search(tuner(tmp_path))
+    monkeypatch.undo()
+    assert [path for path in tmp_path.rglob("*") if ".tmp-" in path.name]
+    search(tuner(tmp_path))
+    assert not [path for path in tmp_path.rglob("*") if ".tmp-" in path.name]
+
+
+def test_overwriting_begins_anew(tmp_path):
+    search(tuner(tmp_path))
+    watching = Watching()
+    made = search(tuner(tmp_path, overwrite=True), [watching])
+    assert len(watching.runs) == len(made.oracle.trials) == 3
+
+
+def test_a_worker_never_overwrites(tmp_path, monkeypatch):
+    search(tuner(tmp_path))
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "tuner4")
+    with pytest.raises(ValueError, match="overwrite=False in a worker.*chief alone"):
+        tuner(tmp_path, overwrite=True)
+    assert len(list((tmp_path / "search").glob("trial_*"))) == 3
