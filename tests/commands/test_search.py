@@ -298,9 +298,8 @@ def test_whatever_ends_the_parent_nothing_is_left_running(line, tmp_path, way):
     run = tmp_path / "run"
     arguments = [*line, "--max-trials", "6", "--workers", "2", "--output", run]
     parent = start(arguments)
-    wait_for(
-        lambda: list((run / "search").glob("trial_*/outcome.json")) or parent.poll() is not None
-    )
+    state = run / "search" / "oracle.json"
+    wait_for(lambda: state.exists() and json.loads(state.read_text())["end_order"])
     parent.send_signal(way)
     _, error = parent.communicate(timeout=120)
     wait_for(lambda: not of_the_search(run), 20)

@@ -29,6 +29,7 @@ class Scene:
         self.options = {"kind": kind, "seconds": seconds}
         self.port = free_port("127.0.0.1")
         self.others = []
+        self.killed = set()
         self.steps = []
 
     def command(self, **options):
@@ -58,7 +59,11 @@ class Scene:
                 return False
             if name == "chief" and not self.ended():  # not before it has something to lose
                 return False
-            os.kill(int(own[-1][2]), signal.SIGKILL)
+            pid = int(own[-1][2])
+            if pid in self.killed:  # and not started again yet
+                return False
+            os.kill(pid, signal.SIGKILL)
+            self.killed.add(pid)
             return True
 
         return step
