@@ -7,7 +7,7 @@ the names inside `fit` are read from its frame. Tried on Keras 3.15.1.
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -52,6 +52,18 @@ def callbacks_of_fit(callback: keras.callbacks.Callback) -> list[keras.callbacks
             return callbacks
         frame = frame.f_back
     return []
+
+
+def numbered(
+    callbacks: Iterable[keras.callbacks.Callback],
+) -> Iterator[tuple[str, keras.callbacks.Callback]]:
+    """Each callback with its class and its number among those of it, by which another process that
+    makes the same callbacks finds it again."""
+    counts: dict[str, int] = {}
+    for callback in callbacks:
+        name = type(callback).__name__
+        counts[name] = counts.get(name, 0) + 1
+        yield f"{name} {counts[name]}", callback
 
 
 def stand_before(callback: keras.callbacks.Callback, kinds: tuple[type, ...]) -> None:

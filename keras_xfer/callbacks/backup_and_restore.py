@@ -15,7 +15,7 @@ from keras_xfer.retarget.callback_state import load_state, state_of
 from keras_xfer.retarget.random_state import random_state, set_random_state
 from keras_xfer.retarget.trainer import begin_at, build_for_fit, is_chief
 from keras_xfer.retarget.training_state import as_data, compiled_rate, optimizer_differences
-from keras_xfer.running_fit import callbacks_of_fit, stands_last
+from keras_xfer.running_fit import callbacks_of_fit, numbered, stands_last
 
 _FILE = "training_state.zip"
 _PARTS = {"epoch", "is_over", "structure", "compiled_rate", "model", "callbacks", "random"}
@@ -178,13 +178,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _others(self) -> Iterator[tuple[str, Any]]:
         """The other callbacks of this `fit`, by their class and their number among those of it."""
-        counts: dict[str, int] = {}
-        for callback in self._callbacks:
-            if callback is self:
-                continue
-            name = type(callback).__name__
-            counts[name] = counts.get(name, 0) + 1
-            yield f"{name} {counts[name]}", callback
+        return numbered(callback for callback in self._callbacks if callback is not self)
 
     def _states(self) -> dict[str, Any]:
         """The states of the other callbacks."""

@@ -76,6 +76,7 @@ def choose(
     budget_bytes: float,
     mode: BoundaryMode = "auto",
     augments: bool = False,
+    runs: int = 1,
 ) -> list[Boundary]:
     """Choose the cut of each stage.
 
@@ -88,6 +89,7 @@ def choose(
         budget_bytes: how many bytes one stage's features may take.
         mode: "auto"; "always", wherever something is frozen; "never".
         augments: bool, whether random layers before the backbone are kept as views.
+        runs: int, how many trainings use what is kept.
 
     Returns:
         list of `Boundary`, one a stage.
@@ -104,7 +106,7 @@ def choose(
                 model,
                 backbone,
                 place,
-                epochs=lasting[place.position],
+                epochs=lasting[place.position] * runs,
                 images=images,
                 budget_bytes=budget_bytes,
                 mode=mode,

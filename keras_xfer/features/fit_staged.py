@@ -40,6 +40,7 @@ def fit_staged(
     epochs: int | None = None,
     callbacks: Any = None,
     views: int = 1,
+    runs: int = 1,
     seed: int | None = None,
     key: str | None = None,
     verbose: Any = "auto",
@@ -78,6 +79,8 @@ def fit_staged(
         views: int, how many augmented passes of each image to keep where random layers come before
             the backbone; epoch e trains on pass `e % views`. Defaults to 1: an augmenting model
             trains its images anew in every epoch, uncached.
+        runs: int, how many trainings share the features of this cache, as in a search: what a single
+            epoch of each uses is worth keeping then. Defaults to 1.
         seed: int, of the order of the rows in each epoch; None: that of the data if they have one
             (`keras_xfer.images.ImageDataset`), else drawn from Python's generator, which
             `keras.utils.set_random_seed` sets.
@@ -154,6 +157,7 @@ def fit_staged(
             budget_bytes=_budget_bytes(features),
             mode=boundary,
             augments=views > 1,
+            runs=runs,
         )
         if all(each.at is None for each in boundaries):
             return run.uncached(boundaries, listed)

@@ -24,6 +24,9 @@ from keras_xfer.tuner.backbones import Backbones, Shape, Taken, channels_of, ima
 from keras_xfer.tuner.space import TUNED, SearchSpace
 from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint, local_oracle
 
+# How many trials, at the least, use a cache.
+_RUNS = 10
+
 # What KerasTuner's Hyperband, and the funnel, say of a trial.
 _PARENT, _EPOCHS, _BEGINS = "tuner/trial_id", "tuner/epochs", "tuner/initial_epoch"
 _HEAD_EPOCHS = "tuner/head_epochs"
@@ -231,17 +234,18 @@ class HyperTransfer(keras_tuner.HyperModel):
         )
         timing = EpochTiming()
         callbacks = self._kept(hp, model, trial, callbacks)
-        if self.cache is None:
-            history = model.fit(**kwargs, callbacks=[timing, schedule, *callbacks])
-        else:
-            history = fit_staged(
-                model,
-                **kwargs,
-                stages=schedule,
-                cache=self.cache,
-                views=self.views if values["augment"] else 1,
-                callbacks=[timing, *callbacks],
-            )
+        # Without a cache too: the rows then come in the same order, and go on in it from round to
+        # round.
+        history = fit_staged(
+            model,
+            **kwargs,
+            stages=schedule,
+            cache=self.cache,
+            boundary="never" if self.cache is None else "auto",
+            views=self.views if self.cache is not None and values["augment"] else 1,
+            runs=_RUNS,
+            callbacks=[timing, *callbacks],
+        )
         return _without_unknown_times(history, timing)
 
     def describe(self) -> dict[str, Any]:

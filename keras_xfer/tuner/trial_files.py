@@ -13,14 +13,13 @@ import keras
 import numpy as np
 
 from keras_xfer.bundle import read_bundle, write_bundle
-from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.files import replacing
 from keras_xfer.retarget import capture, restore
 from keras_xfer.retarget.callback_state import load_state, state_of
 from keras_xfer.retarget.random_state import random_state, set_random_state
 from keras_xfer.retarget.trainer import build_for_fit, distribution_scope, sync
-from keras_xfer.retarget.training_state import values_of
-from keras_xfer.running_fit import callbacks_of_fit
+from keras_xfer.retarget.training_state import as_data, values_of
+from keras_xfer.running_fit import callbacks_of_fit, numbered
 
 STATE = "training_state.zip"
 WEIGHTS = "best_weights.zip"
@@ -182,8 +181,9 @@ class Rounds(keras.callbacks.Callback):
             for value, then in zip(now, state["variables"], strict=True)
         ]
         restore(self.model, state)
-        for schedule in self._schedules():
-            load_state(schedule, content["schedule"])
+        for name, callback in self._others():
+            if name in content["callbacks"]:
+                load_state(callback, content["callbacks"][name])
         set_random_state(content["random"])
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
@@ -199,14 +199,17 @@ class Rounds(keras.callbacks.Callback):
                 else value
                 for variable, value in zip(self.model.variables, state["variables"], strict=True)
             ]
-        states = [state_of(schedule) for schedule in self._schedules()]
-        write_bundle(
-            self._leave,
-            {"model": state, "schedule": states[0], "random": random_state()},
-        )
+        states = {name: as_data(state_of(callback)) for name, callback in self._others()}
+        write_bundle(self._leave, {"model": state, "callbacks": states, "random": random_state()})
 
-    def _schedules(self) -> list[StagedUnfreezing]:
-        return [each for each in callbacks_of_fit(self) if isinstance(each, StagedUnfreezing)]
+    def _others(self) -> list[tuple[str, Any]]:
+        """The callbacks that say what they remember: the schedule, the order of the rows. Keras's
+        own begin anew in each trial, as in KerasTuner."""
+        return [
+            (name, each)
+            for name, each in numbered(callbacks_of_fit(self))
+            if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
+        ]
 
 
 def changes(

@@ -169,9 +169,6 @@ def test_and_as_without_a_cache_to_rounding(whole):
             hypermodels.assert_same(weights, alone["epochs"][epoch], atol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a round draws another order of the rows than the one before"
-)
 def test_and_goes_on_through_the_rows_in_the_same_order(tmp_path):
     watching = Watching()
     search(tmp_path, callbacks=watching)
