@@ -400,7 +400,7 @@ def _oracle(recipe: SearchRecipe) -> Any:
 
     common: dict[str, Any] = {
         "objective": keras_tuner.Objective("val_accuracy", "max"),
-        "seed": recipe.seed + 1,  # for KerasTuner 0 is none
+        "seed": recipe.seed,
     }
     oracles = keras_tuner.oracles
     if recipe.tuner == "funnel":

@@ -48,6 +48,8 @@ class DurableOracle:
         # A failing trial is recorded, and the search goes on.
         kwargs.setdefault("max_consecutive_failed_trials", _NO_LIMIT)
         super().__init__(*args, **kwargs)
+        if kwargs.get("seed") is not None:
+            self.seed = self._seed_state = kwargs["seed"]  # KerasTuner takes 0 for None
         self._reserved: dict[str, str] = {}  # worker -> trial that it had before the chief was gone
         self._came_back = 0.0
         self._deaths: dict[str, int] = {}  # trial -> workers that died of it

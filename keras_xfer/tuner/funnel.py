@@ -217,8 +217,6 @@ class FunnelOracle(DurableOracle, keras_tuner.Oracle):
                 )
         # Trials in the sense of KerasTuner are more: one a round.
         super().__init__(objective=objective, max_trials=None, seed=seed, **kwargs)
-        if seed is not None:  # KerasTuner takes 0 for None
-            self.seed = self._seed_state = seed
         self.head_epochs = head_epochs
         self.max_epochs = head_epochs + fine_tune_epochs
         self.rounds = _rounds(max_trials, finalists, head_epochs, self.max_epochs, factor)
