@@ -372,8 +372,9 @@ MEASURE = """
     folder = tempfile.mkdtemp()
     made = naive
     if kind != "naive":
+        cache = folder + "/cache" if kind == "cached" else None
         made = HyperTransfer(
-            3, backbones=[mobilenet], input_shape=(32, 32, 3), max_stages=1, cache=folder + "/cache"
+            3, backbones=[mobilenet], input_shape=(32, 32, 3), max_stages=1, cache=cache
         )
     tuner = Measured(made, "val_loss", max_trials=trials, directory=folder)
     images = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype("float32")
@@ -386,20 +387,21 @@ MEASURE = """
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "epochs",
+    "kind",
     [
-        2,
-        pytest.param(  # of one epoch nothing is cached
-            1,
+        "cached",
+        pytest.param(
+            "uncached",
             marks=pytest.mark.xfail(
                 strict=True,
-                reason="17 MB a trial where the backbone runs in the trial, of 26 MB by hand: what "
-                "TensorFlow keeps of the traced training",
+                reason="17 MB a trial where the backbone runs in the trial, of 26 MB by hand: "
+                "TensorFlow 2.21 keeps the graph of each train step that was traced, "
+                "https://github.com/tensorflow/tensorflow/issues/97697",
             ),
         ),
     ],
 )
-def test_memory_does_not_grow_by_a_backbone_a_trial(tmp_path, epochs):
+def test_memory_does_not_grow_by_a_backbone_a_trial(tmp_path, kind):
     """A fifth of what a hypermodel takes that builds a MobileNetV2 for each trial; megabytes."""
     script = tmp_path / "measure.py"
     script.write_text(textwrap.dedent(MEASURE))
@@ -413,6 +415,6 @@ def test_memory_does_not_grow_by_a_backbone_a_trial(tmp_path, epochs):
         )
         return float(done.stdout.split()[-1])
 
-    naive, mine = grown("naive", 6, epochs), grown("HyperTransfer", 20, epochs)
+    naive, mine = grown("naive", 6, 2), grown(kind, 20, 2)
     assert naive > 5
     assert mine < naive / 5
