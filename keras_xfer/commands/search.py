@@ -24,6 +24,7 @@ from keras_xfer.commands.training import RESIZE, Classifier, Fitted
 from keras_xfer.features import FeatureCache
 from keras_xfer.images import ImageFolder, Sample, Skipped
 from keras_xfer.layers import BackbonePreprocessing
+from keras_xfer.reports.trials import reason
 from keras_xfer.tuner import DurableTuner, FunnelOracle, HyperTransfer, durable, records
 from keras_xfer.tuner.progress import SearchProgress
 from keras_xfer.tuner.search_result import best_trial, write_tables
@@ -386,7 +387,7 @@ class Search:
                 else "Interrupted before the search began"
             )
         failed = trials[trials["status"] == "failed"]
-        error = failed["error"].iloc[0].strip().splitlines()[-1] if len(failed) else "none began"
+        error = reason(failed["error"].iloc[0]) if len(failed) else "none began"
         job.report(run, folder, self._screen)
         run.remove_unfinished()
         raise UsageError(

@@ -135,11 +135,11 @@ def hyperparameters(table: "pd.DataFrame") -> list[Hyperparameter]:
 def failures(table: "pd.DataFrame") -> list[tuple[str, int]]:
     """List what the failed trials say, and how many say it, the most frequent first."""
     failed = table[table["status"] == "failed"]
-    return Counter(_reason(error) for error in failed["error"]).most_common()
+    return Counter(reason(error) for error in failed["error"]).most_common()
 
 
-def _reason(error: str) -> str:
-    """The line that names the exception: of a traceback the first one after its frames."""
+def reason(error: str) -> str:
+    """Return the line that names the exception: of a traceback the first one after its frames."""
     lines = [line.rstrip() for line in error.splitlines() if line.strip()]
     headers = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call")]
     if headers:  # of a chain of exceptions the last is the one that was raised

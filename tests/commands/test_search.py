@@ -147,7 +147,7 @@ def test_an_unfinished_search_is_discarded_without_resume(line, tmp_path, capfd,
 
 def test_where_every_trial_fails_the_first_error_is_told(line, tmp_path, capfd, monkeypatch):
     def fail(*args, **kwargs):
-        raise ValueError("no such luck")
+        raise ValueError("no such luck\n\nArguments received by Luck.call():\n  • x=1")
 
     monkeypatch.setattr(HyperTransfer, "fit", fail)
     run = tmp_path / "run"
