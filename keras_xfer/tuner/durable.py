@@ -13,6 +13,7 @@ The one module that touches what KerasTuner does not publish. Tried on keras-tun
 https://github.com/keras-team/keras-tuner/issues/1055 is the one of these that is known there.
 """
 
+import datetime
 import functools
 import gc
 import json
@@ -32,13 +33,22 @@ from keras_xfer.tuner import records, trial_files
 
 _IDLE_SECONDS = 0.2
 # How long a chief that comes back keeps a trial for the worker that had it, once nothing else is
-# left to do, and a worker waits for a chief that is gone.
+# left to do.
 GRACE_SECONDS = 30.0
+# How long a worker repeats a call that broke off. (One that finds no chief waits an hour for it, by
+# KerasTuner.)
 _PATIENCE_SECONDS = 300.0
 # How many workers a trial may take with it: memory that is not enough, a library that crashes.
 MOST_DEATHS = 3
 _NO_LIMIT = 10**9
 _OVER = ("COMPLETED", "FAILED")
+
+
+class _Seed(int):
+    """A seed that KerasTuner does not take for None where it is 0."""
+
+    def __bool__(self) -> bool:
+        return True
 
 
 class DurableOracle:
@@ -47,9 +57,9 @@ class DurableOracle:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A failing trial is recorded, and the search goes on.
         kwargs.setdefault("max_consecutive_failed_trials", _NO_LIMIT)
-        super().__init__(*args, **kwargs)
         if kwargs.get("seed") is not None:
-            self.seed = self._seed_state = kwargs["seed"]  # KerasTuner takes 0 for None
+            kwargs["seed"] = _Seed(kwargs["seed"])
+        super().__init__(*args, **kwargs)
         self._reserved: dict[str, str] = {}  # worker -> trial that it had before the chief was gone
         self._came_back = 0.0
         self._deaths: dict[str, int] = {}  # trial -> workers that died of it
@@ -93,6 +103,12 @@ class DurableOracle:
         oracle._retry_queue = [each for each in waiting if each not in over]
         if isinstance(oracle, keras_tuner.oracles.GridSearchOracle):
             _find_place(oracle)
+        # What begins is shown after it is saved, so the last one's beginning is not known.
+        for number, each in enumerate(oracle.start_order, 1):
+            oracle._display.trial_start.setdefault(each, datetime.datetime.now())
+            oracle._display.trial_number.setdefault(each, number)
+        if oracle._display.search_start is None:
+            oracle._display.search_start = datetime.datetime.now()
         if is_chief():  # the workers may be at it still
             self._reserved = {
                 worker: trial for worker, trial in running.items() if trial in oracle._retry_queue
@@ -109,8 +125,11 @@ class DurableOracle:
         oracle: Any = self
         if tuner_id in self._reserved:
             return self._resume(tuner_id, self._reserved.pop(tuner_id))
-        if tuner_id in oracle.ongoing_trials:
-            self._count_death(oracle.ongoing_trials[tuner_id])
+        if tuner_id in oracle.ongoing_trials:  # it was cut off in it, and begins it anew
+            trial = oracle.ongoing_trials[tuner_id]
+            trial.metrics = type(trial.metrics)()
+            if is_chief():
+                self._count_death(trial)
         trial = self._next(tuner_id)
         if not self._reserved or trial.status not in ("IDLE", "STOPPED"):
             return trial
@@ -402,7 +421,8 @@ def _is_json(filepath: Path) -> bool:
 
 def is_chief() -> bool:
     """Whether this process is the chief of a search, by KerasTuner's environment variables."""
-    return "KERASTUNER_ORACLE_IP" in os.environ and "chief" in os.environ["KERASTUNER_TUNER_ID"]
+    is_shared = "KERASTUNER_ORACLE_IP" in os.environ
+    return is_shared and "chief" in os.environ.get("KERASTUNER_TUNER_ID", "")
 
 
 def is_worker() -> bool:

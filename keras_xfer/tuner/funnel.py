@@ -129,7 +129,8 @@ def funnel_search(
     folder = Path(directory)
     own_features = folder / _FEATURES if hypermodel.cache is None else None
     with _cached(hypermodel, own_features):
-        _check_same(folder, oracle, hypermodel, seed, overwrite=overwrite)
+        asked = _asked(oracle, hypermodel, seed, fit_kwargs)
+        _check_same(folder, asked, overwrite=overwrite)
         tuner = DurableTuner(
             oracle,
             hypermodel,
@@ -159,10 +160,11 @@ def funnel_search(
             if interrupted:
                 raise KeyboardInterrupt
             return None
-        result = search_result(tuner, folder, interrupted=interrupted)
-    if own_features is not None and not interrupted:
-        shutil.rmtree(own_features, ignore_errors=True)
-    return result
+        try:
+            return search_result(tuner, folder, interrupted=interrupted)
+        finally:
+            if own_features is not None and not interrupted:
+                shutil.rmtree(own_features, ignore_errors=True)
 
 
 class FunnelOracle(DurableOracle, keras_tuner.Oracle):
@@ -310,21 +312,25 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
         hypermodel.cache = None
 
 
-def _check_same(
-    folder: Path,
-    oracle: FunnelOracle,
-    hypermodel: HyperTransfer,
-    seed: int | None,
-    *,
-    overwrite: bool,
-) -> None:
-    """Raise if the folder holds a search that was asked something else."""
-    asked = {
+def _asked(
+    oracle: FunnelOracle, hypermodel: HyperTransfer, seed: int | None, fit_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What tells a search from others."""
+    return {
         "objective": [oracle.objective.name, oracle.objective.direction],
         "rounds": [list(each) for each in oracle.rounds],
         "seed": seed,
         "space": hypermodel.describe(),
+        "fit": {
+            name: value
+            for name, value in fit_kwargs.items()
+            if isinstance(value, bool | int | float | str)
+        },
     }
+
+
+def _check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
+    """Raise if the folder holds a search that was asked something else."""
     path = folder / "search.json"
     for name in (path.name, TRIALS, TRIAL_EPOCHS, BEST_MODEL):
         files.remove_leftovers(folder / name)

@@ -169,7 +169,9 @@ class HyperTransfer(keras_tuner.HyperModel):
                 "Expected cache to be a keras_xfer.FeatureCache, the path of a folder, or None. "
                 f"Received: cache={cache!r}."
             )
+        self.weights = weights
         self._backbones = Backbones(backbones, weights)
+        tune = _without_idle(tune, head=head, loss=loss, task=task)
         self._space = SearchSpace(self._backbones.names, max_stages, tune, space)
         self._space.without_maps(self._backbones.without_maps())
 
@@ -262,6 +264,12 @@ class HyperTransfer(keras_tuner.HyperModel):
             "input_shape": self.input_shape,
             "backbones": self._backbones.names,
             "max_stages": self.max_stages,
+            "weights": self.weights,
+            "label_mode": self.label_mode,
+            "dtype_policy": self.dtype_policy,
+            "flip": self.flip,
+            "views": self.views,
+            **{name: _name_of(getattr(self, name)) for name in ("head", "loss", "metrics")},
             "searched": hp.get_config()["space"],
             "fixed": {name: value for name, value in values.items() if name not in hp.values},
         }
@@ -458,6 +466,26 @@ class HyperTransfer(keras_tuner.HyperModel):
                 f"{tuple(shape)}, which looks like {kind}: pass label_mode={mode!r} to "
                 "HyperTransfer."
             )
+
+
+def _without_idle(tune: Sequence[str], *, head: Any, loss: Any, task: str) -> list[str]:
+    """`tune` without what would change nothing; what `space` says is searched all the same, since
+    the user's own functions may read it."""
+    idle = set()
+    if head is not None:
+        idle |= {"head_layers", "head_units", "dropout"}
+    if loss is not None or task == "regression":
+        idle |= {"label_smoothing"}
+    return [name for name in tune if name not in idle]
+
+
+def _name_of(value: Any) -> Any:
+    """What tells a function, a loss or metrics from others in every process."""
+    if isinstance(value, list | tuple):
+        return [_name_of(each) for each in value]
+    if value is None or isinstance(value, str):
+        return value
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def _without_unknown_times(history: Any, timing: EpochTiming) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_xfer.reports.trials import reason
 from keras_xfer.tuner import records
 
 
@@ -80,13 +81,12 @@ class SearchProgress:
         of = "" if self._planned is None else f" of {sum(self._planned)}"
         text = f"Trial {len(self._told)}{of}"
         if outcome["status"] == "failed":
-            reason = outcome["error"].strip().splitlines()[-1] if outcome["error"] else "?"
-            text += f", failed: {reason[:200]}"
+            text += f", failed: {reason(outcome['error'])[:200]}"
         else:
             text += f", {outcome['stage']}: {self._objective.name} {outcome['score']:.4g}"
         best = self._best()
         if best is not None:
-            text += f"; best {best['score']:.4g} (trial {best['trial']})"
+            text += f"; best {best['score']:.4g} (trial {best['candidate']})"
         text += f"; {_time(outcome['seconds'])}"
         left, is_sure = self.seconds_left() or (0.0, True)
         return f"{text}, {'about' if is_sure else 'at least'} {_time(left)} left" if left else text

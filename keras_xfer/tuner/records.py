@@ -1,5 +1,6 @@
 """The record of a search: one row a trial, one row an epoch."""
 
+import contextlib
 import csv
 import io
 import json
@@ -47,8 +48,7 @@ def write_success(folder: Path, trial: Any, objective: Any, results: Any, second
     files.write_json(
         folder / OUTCOME,
         {
-            "trial": trial.trial_id,
-            "round": trial.hyperparameters.values.get("tuner/round", 0),
+            **_who(folder, trial),
             "status": "failed" if failed else "completed",
             "stage": _STAGES[min(stage, 1)],
             **best,
@@ -68,10 +68,23 @@ def write_failure(folder: Path, trial: Any, seconds: float, error: str) -> None:
         seconds: float, until then.
         error: str, the traceback.
     """
-    outcome = {"trial": trial.trial_id, "status": "failed", "stage": "", "score": math.nan}
-    outcome |= {"round": trial.hyperparameters.values.get("tuner/round", 0)}
+    outcome = {**_who(folder, trial), "status": "failed", "stage": "", "score": math.nan}
     outcome |= {"best_epoch": None, "epochs": 0, "seconds": seconds, "error": error}
     files.write_json(folder / OUTCOME, outcome)
+
+
+def _who(folder: Path, trial: Any) -> dict[str, Any]:
+    """A trial, and the candidate that it is a round of, which the tables name."""
+    values = trial.hyperparameters.values
+    candidate = trial.trial_id
+    if values.get("tuner/trial_id"):
+        parent = folder.parent / f"trial_{values['tuner/trial_id']}" / OUTCOME
+        candidate = _read_outcome(parent)["candidate"] if parent.exists() else candidate
+    return {
+        "trial": trial.trial_id,
+        "candidate": candidate,
+        "round": values.get("tuner/round", 0),
+    }
 
 
 def outcomes(project: Path) -> list[dict[str, Any]]:
@@ -83,8 +96,11 @@ def outcomes(project: Path) -> list[dict[str, Any]]:
     Returns:
         list of dict.
     """
-    found = sorted(project.glob(f"trial_*/{OUTCOME}"), key=lambda path: path.stat().st_mtime)
-    return [_read_outcome(path) for path in found]
+    found = []
+    for path in project.glob(f"trial_*/{OUTCOME}"):
+        with contextlib.suppress(FileNotFoundError):  # of a trial that just now begins anew
+            found.append((path.stat().st_mtime, path.parent.name, _read_outcome(path)))
+    return [outcome for _, _, outcome in sorted(found, key=lambda each: each[:2])]
 
 
 def trials_table(project: Path, trials: Mapping[str, Any], objective: Any) -> "pd.DataFrame":
@@ -122,7 +138,8 @@ def trials_table(project: Path, trials: Mapping[str, Any], objective: Any) -> "p
                 "error": "",
             },
         )
-        row["status"] = outcome["status"]
+        if row["status"] != "completed":  # what failed later is told by `error` and `stage`
+            row["status"] = outcome["status"]
         row["stage"] = outcome["stage"] or row["stage"]
         row["epochs"] += outcome["epochs"]
         row["seconds"] += outcome["seconds"]

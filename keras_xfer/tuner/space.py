@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,13 @@ class SearchSpace:
         if "head_units" in self.searched and "head_layers" not in (self.searched | told.keys()):
             layers = self.parameters["head_layers"]  # one, or there would be no units
             self.parameters["head_layers"] = dataclasses.replace(layers, default=1)
+        stages = self.parameters["stages"]
+        most = max([*stages.choices, stages.default, stages.high or 1])
+        if most > max_stages:
+            raise ValueError(
+                f"Expected at most max_stages={max_stages} stages. Received: "
+                f"space={{'stages': {told['stages']!r}}}."
+            )
         backbone = self.parameters["backbone"]
         chosen = backbone.choices if "backbone" in self.searched else (backbone.default,)
         _check_backbone(chosen, backbones)
@@ -236,6 +244,11 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
             )
         kind = int if isinstance(parameter.low, int) else float
         low, high = (kind(each) for each in value)
+        if parameter.log and low <= 0:
+            raise ValueError(
+                f"Expected a range above 0 for {name!r}, which is drawn by its logarithm. Received: "
+                f"space={{{name!r}: {value!r}}}. For none at all give space={{{name!r}: None}}."
+            )
         if low == high:
             return dataclasses.replace(parameter, default=low), False
         default = parameter.default
@@ -245,9 +258,9 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
         if step is not None and high - low < step:
             step = None
         return dataclasses.replace(parameter, low=low, high=high, step=step, default=default), True
-    if isinstance(value, Mapping | set):
+    if value is not None and _kind(value) is None:
         raise TypeError(
-            f"Expected a value, a list of choices or a tuple (low, high) for {name!r}. "
+            f"Expected a value (str, bool or number), a list of choices or a tuple (low, high) for {name!r}. "
             f"Received: space={{{name!r}: {value!r}}}."
         )
     return dataclasses.replace(parameter, default=value), False
@@ -255,9 +268,8 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
 
 def _kind(value: Any) -> type | None:
     """What KerasTuner takes a choice for; None where it takes none."""
-    if isinstance(value, float):
-        return float
-    return next((kind for kind in (bool, int, str) if isinstance(value, kind)), None)
+    kinds = {bool: bool, numbers.Integral: int, numbers.Real: float, str: str}
+    return next((kinds[kind] for kind in kinds if isinstance(value, kind)), None)
 
 
 def _is_constant(parameter: Parameter) -> bool:

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_xfer.bundle import read_bundle, write_bundle
+from keras_xfer.features import digests
 from keras_xfer.files import replacing
 from keras_xfer.retarget import capture, restore
 from keras_xfer.retarget.callback_state import load_state, state_of
@@ -174,6 +175,7 @@ class Rounds(keras.callbacks.Callback):
             return
         build_for_fit(self.model)
         content = read_bundle(self._begin_with)
+        _check_backbone(self._backbone, content, self._begin_with)
         state = content["model"]
         now = iter(values_of(self.model.variables))
         state["variables"] = [
@@ -191,7 +193,9 @@ class Rounds(keras.callbacks.Callback):
         if self._leave is None:
             return
         state = capture(self.model)
+        content: dict[str, Any] = {"model": state, "random": random_state()}
         if self._pristine is not None:
+            content["came_as"] = digests.of_arrays(self._pristine)
             came = dict(zip(map(id, self._backbone.variables), self._pristine, strict=True))
             state["variables"] = [
                 None
@@ -199,8 +203,8 @@ class Rounds(keras.callbacks.Callback):
                 else value
                 for variable, value in zip(self.model.variables, state["variables"], strict=True)
             ]
-        states = {name: as_data(state_of(callback)) for name, callback in self._others()}
-        write_bundle(self._leave, {"model": state, "callbacks": states, "random": random_state()})
+        content["callbacks"] = {name: as_data(state_of(each)) for name, each in self._others()}
+        write_bundle(self._leave, content)
 
     def _others(self) -> list[tuple[str, Any]]:
         """The callbacks that say what they remember: the schedule, the order of the rows. Keras's
@@ -221,7 +225,8 @@ def changes(
             None if np.array_equal(value, came) else value  # type: ignore[misc]  # for Sequence
             for value, came in zip(backbone, pristine, strict=True)
         ]
-    return {"own": list(own), "backbone": list(backbone)}
+    told = {} if pristine is None else {"came_as": digests.of_arrays(pristine)}
+    return {"own": list(own), "backbone": list(backbone), **told}
 
 
 def load_weights(model: keras.Model, backbone: Any, folder: Path) -> None:
@@ -237,8 +242,19 @@ def load_weights(model: keras.Model, backbone: Any, folder: Path) -> None:
         ValueError: the file is damaged, or that of another model.
     """
     content: Mapping[str, Any] = read_bundle(folder / WEIGHTS)
+    _check_backbone(backbone, content, folder / WEIGHTS)
     _assign(_own(model, backbone), content["own"])
     _assign(backbone.variables, content["backbone"])
+
+
+def _check_backbone(backbone: Any, content: Mapping[str, Any], path: Path) -> None:
+    """Raise if a file leaves out what another backbone than this one has."""
+    came_as = content.get("came_as")
+    if came_as is not None and digests.of_arrays(values_of(backbone.variables)) != came_as:
+        raise ValueError(
+            f"Expected the backbone with the weights that it had when {path} was written. Received: "
+            "other weights. Seed what makes it at random, and give the weights file of then."
+        )
 
 
 def _own(model: keras.Model, backbone: Any) -> list[Any]:

@@ -416,8 +416,8 @@ class Raises(keras.callbacks.Callback):
 
 def test_all_finalists_fail_and_the_best_head_is_the_result(tmp_path):
     result = search(tmp_path, **QUICK, callbacks=[Raises(1)])
-    failed = result.trials[result.trials["status"] == "failed"]
-    assert len(failed) == 1
+    failed = result.trials[result.trials["error"] != ""]
+    assert failed["status"].tolist() == ["completed"]  # its head
     assert "RuntimeError: failed in epoch 1" in failed["error"].item()
     assert failed["score"].item() == result.best_score  # of its head
     loss, _ = result.load_best_model().evaluate(*VALIDATION, verbose=0)

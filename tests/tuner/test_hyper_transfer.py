@@ -451,7 +451,8 @@ def test_the_policy_of_batch_norm(batch_norm):
     start = copies(model.get_weights())
     fit(made, hp, model=model)
     expected, _ = by_hand(start, batch_norm=batch_norm)
-    assert_same(model.get_weights(), expected.get_weights(), atol=1e-6)
+    # The bias before a BatchNormalization that trains has no gradient but rounding.
+    assert_same(model.get_weights(), expected.get_weights(), atol=1e-4)
     bn = model.get_layer("backbone").model.get_layer("bn")
     moved = not np.allclose(bn.moving_mean, np.linspace(-1, 1, 4))
     assert moved is (batch_norm == "train")

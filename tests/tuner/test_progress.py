@@ -24,6 +24,7 @@ class Project:
             folder / "outcome.json",
             {
                 "trial": name,
+                "candidate": name,
                 "round": round,
                 "status": "failed" if error else "completed",
                 "stage": "" if error else stage,
