@@ -91,6 +91,7 @@ def test_the_model_is_that_of_the_best_trial(tuned, pictures, tmp_path, capfd):
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_keeps_the_best_and_goes_on(
     line, tuned, tmp_path, capfd, monkeypatch
 ):
@@ -158,6 +159,7 @@ def test_where_every_trial_fails_the_first_error_is_told(line, tmp_path, capfd, 
     assert all("no such luck" in row["error"] for row in read(run / "trials.csv"))
 
 
+@pytest.mark.slow
 def test_hyperband_on_features_in_a_cache_of_its_own(pictures, tmp_path):
     run, cache = tmp_path / "run", tmp_path / "cache"
     arguments = ["tune", str(pictures), *TINY, "--output", str(run), "--tuner", "hyperband"]
@@ -272,22 +274,27 @@ def of_the_search(run):
     return found
 
 
-def test_workers_of_which_one_is_killed(line, tmp_path):
-    """One whole run: the chief, once there is a trial, and a worker are killed."""
+@pytest.mark.parametrize(
+    "killed", [["tuner0"], pytest.param(["tuner0", "chief"], marks=pytest.mark.slow)]
+)
+def test_workers_of_which_one_is_killed(killed, line, tmp_path):
+    """One whole run: once there is a trial, a worker is killed, or the chief too."""
     run = tmp_path / "run"
-    parent = start([*line, "--max-trials", "3", "--workers", "2", "--output", run])
+    count = len(killed) + 1
+    options = ["--max-trials", count, "--workers", "2", "--output", run]
+    parent = start([*line, *options])
     wait_for(lambda: list((run / "search").glob("trial_*/trial.json")) or parent.poll() is not None)
-    for name in ("tuner0", "chief"):
+    for name in killed:
         of_the_search(run)[name].kill()
     out, error = parent.communicate(timeout=240)
     assert (parent.returncode, error) == (0, "")
     assert names(run) == FOUND
     assert not of_the_search(run)
     trials = read(run / "trials.csv")
-    assert [row["trial"] for row in trials] == ["0000", "0001", "0002"]
+    assert [row["trial"] for row in trials] == ["0000", "0001", "0002"][:count]
     assert {row["status"] for row in trials} == {"completed"}
     lines = [each for each in out.splitlines() if each.startswith("Trial ")]
-    assert [each.split(" of ")[0] for each in lines] == [f"Trial {i}" for i in range(1, 5)]
+    assert [each.split(" of ")[0] for each in lines] == [f"Trial {i + 1}" for i in range(count + 1)]
     assert all("best " in each for each in lines)
     assert " left" in lines[0]
 

@@ -147,6 +147,7 @@ def scene(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_whatever_happens_the_search_comes_to_its_end(scene):
     """A worker and the chief are killed, one more worker comes late, another would overwrite."""
     scene.run(
