@@ -225,7 +225,7 @@ def _add_tune(commands: Any) -> None:
     options.add_folders(
         tune,
         resume="go on with the search of the same options that was cut off in DIR: trials that "
-        "were over stay, those that were not run again; without one, begin",
+        "were over stay, those that were not over are run again; without one, begin",
     )
 
     search = tune.add_argument_group("search")
@@ -288,14 +288,14 @@ def _add_tune(commands: Any) -> None:
     options.add_augmentation(
         data, default="none", why=". What is augmented is not cached, and takes its time"
     )
-    options.add_split(data)
+    options.add_split(data, seeded="the candidates, ")
 
 
 def _add_predict(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="classify images with a trained model",
-        description="Classify image files with the model that train or demo wrote.",
+        description="Classify image files with the model that train, tune or demo wrote.",
         epilog=(
             "Files that are no readable images are named on stderr and left out; the exit status "
             "is 0 if at least one image was classified, and 2 if none was."
@@ -303,7 +303,7 @@ def _add_predict(commands: Any) -> None:
         allow_abbrev=False,
     )
     predict.add_argument(
-        "run_dir", metavar="DIR", type=Path, help="the --output of keras-xfer train or demo"
+        "run_dir", metavar="DIR", type=Path, help="the --output of keras-xfer train, tune or demo"
     )
     predict.add_argument(
         "images", metavar="IMAGE_OR_FOLDER", nargs="+", type=Path, help="image files, and folders"
@@ -336,8 +336,8 @@ def _add_predict(commands: Any) -> None:
 def _add_cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
-        help="show or remove what train --cache keeps",
-        description="Show or remove what keras-xfer train --cache DIR keeps.",
+        help="show or remove what train --cache and tune --cache keep",
+        description="Show or remove what keras-xfer train --cache DIR and tune --cache DIR keep.",
         allow_abbrev=False,
     )
     actions = cache.add_subparsers(
@@ -351,5 +351,8 @@ def _add_cache(commands: Any) -> None:
             name, help=text, description=f"{text.capitalize()}.", allow_abbrev=False
         )
         action.add_argument(
-            "directory", metavar="DIR", type=options.folder, help="the --cache of keras-xfer train"
+            "directory",
+            metavar="DIR",
+            type=options.folder,
+            help="the --cache of keras-xfer train or tune",
         )

@@ -54,6 +54,9 @@ def add_backbone(group: Any, *, repeatable: bool = False) -> None:
             default=argparse.SUPPRESS,
             help=f"a model of keras.applications (default: {DEFAULT.backbone})",
         )
+    from_scratch = "train trains everything from scratch"
+    if repeatable:
+        from_scratch = "heads learn on the frozen features of a network that has learned nothing"
     group.add_argument(
         "--backbone-arg",
         metavar="NAME=VALUE",
@@ -67,9 +70,8 @@ def add_backbone(group: Any, *, repeatable: bool = False) -> None:
         metavar="imagenet|none|PATH",
         type=lambda text: None if text == "none" else text,
         default=argparse.SUPPRESS,
-        help="imagenet is downloaded once; with none they are random, and train trains everything "
-        "from scratch; PATH is a weights file of the model without its classifier (default: "
-        "imagenet)",
+        help=f"imagenet is downloaded once; with none they are random, and {from_scratch}; PATH is "
+        "a weights file of the model without its classifier (default: imagenet)",
     )
 
 
@@ -132,11 +134,12 @@ def add_augmentation(group: Any, *, default: str, why: str = "") -> None:
     )
 
 
-def add_split(group: Any) -> None:
+def add_split(group: Any, *, seeded: str = "") -> None:
     """Add --validation-split, --test-split and --seed.
 
     Args:
         group: A group of arguments.
+        seeded: Str, what else follows from the seed.
     """
     group.add_argument(
         "--validation-split",
@@ -159,7 +162,7 @@ def add_split(group: Any) -> None:
         metavar="N",
         type=seed,
         default=DEFAULT.seed,
-        help="seed of the split, the weights, the order and the augmentation (default: 0)",
+        help=f"seed of {seeded}the split, the weights, the order and the augmentation (default: 0)",
     )
 
 
@@ -210,12 +213,14 @@ def named_value(text: str) -> tuple[str, Any]:
 
 
 def address(text: str) -> tuple[str, int | None]:
-    """Read ADDRESS:PORT, whose port may be left out."""
+    """Read ADDRESS:PORT, whose port may be left out. An IPv6 address has brackets."""
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
         host, port = text, ""
-    if not host or (port and not (port.isdecimal() and 0 < int(port) < 2**16)):
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    is_host = host.strip("[]") and (is_bracketed or not set("[]:") & set(host))
+    if not is_host or (port and not (port.isdecimal() and 0 < int(port) < 2**16)):
         raise argparse.ArgumentTypeError(
-            f"expected ADDRESS:PORT, such as 0.0.0.0:8000, not {text!r}"
+            f"expected ADDRESS:PORT, such as 0.0.0.0:8000 or [::1]:8000, not {text!r}"
         )
     return host, int(port) if port else None

@@ -46,7 +46,7 @@ def predict(
     """Let the model of a run classify image files.
 
     Args:
-        run: Path of the folder that `train` or `demo` wrote.
+        run: Path of the folder that `train`, `tune` or `demo` wrote.
         paths: Image files, and folders of them.
         top: Int, the most classes to name for each image. Defaults to 3.
         screen: `None`, or a `Screen` that shows the progress.

@@ -82,7 +82,8 @@ def write_report(
     if search is None and not (run / "history.csv").is_file():
         raise FileNotFoundError(
             "Expected the folder of a run, with a history.csv, or a trials.csv of a search. "
-            f"Received: run_dir={str(run)!r}. Give the folder that keras-xfer train or demo wrote."
+            f"Received: run_dir={str(run)!r}. Give the folder that keras-xfer "
+            "train, tune or demo wrote."
         )
     # A search in which no trial has completed leaves no history.
     pd = require("pandas")
