@@ -241,7 +241,10 @@ def _environment(address: str, port: int, name: str) -> dict[str, str]:
 
 def _shares(num_workers: int) -> list[dict[str, str]]:
     """What each worker gets of this machine, where the user has not said it."""
-    threads = str(max(1, len(os.sched_getaffinity(0)) // num_workers))
+    # macOS does not tell a process's cores from the machine's.
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+    threads = str(max(1, cores // num_workers))
     usual = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS"), threads)
     gpus = _gpus()
     if num_workers > max(1, len(gpus)):  # several on one GPU: none takes all of its memory

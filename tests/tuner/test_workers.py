@@ -92,6 +92,14 @@ def test_each_gets_its_variables_its_log_and_its_share(tmp_path, monkeypatch):
     assert gone(tmp_path)
 
 
+def test_cores_are_shared_out_where_a_process_does_not_know_its_own(monkeypatch):
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert [each["TF_NUM_INTRAOP_THREADS"] for each in workers._shares(2)] == ["4", "4"]
+
+
 def test_gpus_are_shared_out(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
     run_workers(command(SHOWS_ENVIRONMENT, tmp_path), 3, logs=tmp_path)
