@@ -105,6 +105,10 @@ def _tune(arguments: argparse.Namespace) -> int:
     RunFolder(arguments.output, images=arguments.images)
     if arguments.cache is not None:
         check_cache(arguments.cache, images=arguments.images, output=arguments.output)
+    if arguments.workers is not None or place == "chief":
+        # This process makes each backbone once, to see that it can, and leaves the GPU to workers.
+        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with _quiet_start():
         from keras_xfer.commands import search
         from keras_xfer.commands.screen import Screen

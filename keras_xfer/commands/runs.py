@@ -25,6 +25,7 @@ OUTPUTS = (
     "trials.csv",
     "trial_epochs.csv",
 )
+_GIVE = "Give the --output of keras-xfer train, tune or demo"
 RECORD = "run.json"  # says that a folder is a run's, and what was asked for
 UNFINISHED = "unfinished"  # the folder of what a run needs to go on, there until it has ended
 CHECKPOINT = f"{UNFINISHED}/best.keras"
@@ -40,7 +41,7 @@ _OF_ONE_KIND = {"backbone", "backbone_args", "weights", "hub_range", "hub_sha256
 
 
 class RunFolder:
-    """The folder that `keras-xfer train` and `demo` write.
+    """The folder that `keras-xfer train`, `tune` and `demo` write.
 
     A new folder, an empty one, one of an earlier run (whose files are replaced), or one with other
     files (which stay) will do. A folder that holds a file of one of our names without being a
@@ -138,6 +139,13 @@ class RunFolder:
             return None
         metrics: dict[str, Any] = json.loads((self / "metrics.json").read_text(encoding="utf-8"))
         return metrics
+
+    def time_finished(self) -> int | None:
+        """Return when the run here came to its end, on the clock of its disk in nanoseconds."""
+        with contextlib.suppress(OSError):  # of a run that is being replaced
+            if not self.is_unfinished():
+                return (self / "metrics.json").stat().st_mtime_ns
+        return None
 
     def check_resumable(self, record: dict[str, Any]) -> None:
         """Refuse to go on with a run that was asked for otherwise.
@@ -352,10 +360,10 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UsageError(f"No such folder: {str(folder)!r}. Give the --output of keras-xfer train")
+        raise UsageError(f"No such folder: {str(folder)!r}. {_GIVE}")
     for name in ("model.keras", "labels.json"):
         if not (folder / name).is_file():
-            raise UsageError(f"No {name} in {str(folder)!r}. Give the --output of keras-xfer train")
+            raise UsageError(f"No {name} in {str(folder)!r}. {_GIVE}")
     try:
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
     except ValueError as error:

@@ -281,20 +281,22 @@ class Search:
 
     def _wait_for_chief(self) -> bool:
         """Wait until the chief listens; tell whether there is something to do."""
-        where = (os.environ["KERASTUNER_ORACLE_IP"], int(os.environ["KERASTUNER_ORACLE_PORT"]))
+        address, port = os.environ["KERASTUNER_ORACLE_IP"], os.environ["KERASTUNER_ORACLE_PORT"]
+        where = (address.strip("[]"), int(port))
+        before = self._run.time_finished()  # an earlier run: its chief is not the one to come
         until, has_said = time.monotonic() + _CHIEF_SECONDS, False
         while True:
             with contextlib.suppress(OSError), socket.create_connection(where, timeout=5):
                 return True
-            if self._run.finished() is not None:
+            if self._run.time_finished() not in (None, before):
                 self._screen.line("The search has ended; nothing is left to do")
                 return False
             if not has_said:
-                self._screen.line(f"Waiting  for the chief at {where[0]}:{where[1]}")
+                self._screen.line(f"Waiting  for the chief at {address}:{port}")
                 has_said = True
             if time.monotonic() > until:
                 raise UsageError(
-                    f"No chief at {where[0]}:{where[1]}. Start it, with KERASTUNER_TUNER_ID=chief, "
+                    f"No chief at {address}:{port}. Start it, with KERASTUNER_TUNER_ID=chief, "
                     "or mend KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT"
                 )
             time.sleep(_POLL_SECONDS)
@@ -350,7 +352,8 @@ class Search:
         }
         backbone = values.get("backbone", self._recipe.backbones[0])
         shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
-        screen.line(f"Best     trial {best.trial_id}: {shown}")
+        candidate = records.lineage(tuner.oracle.trials)[best.trial_id][0]  # as the tables name it
+        screen.line(f"Best     trial {candidate}: {shown}")
         metrics = job.finish(
             classifier,
             Fitted(rows, int(outcome["best_epoch"]), stopped_by_nan=False),
@@ -360,7 +363,7 @@ class Search:
             screen,
             search={
                 "tuner": self._recipe.tuner,
-                "best_trial": best.trial_id,
+                "best_trial": candidate,
                 "trials": len(trials),
                 **{
                     f"{status}_trials": int((trials["status"] == status).sum())
@@ -423,7 +426,7 @@ def _oracle(recipe: SearchRecipe) -> Any:
 
 
 def _backbone(recipe: Any) -> keras.Model:
-    return training.make_backbone(recipe)[0]
+    return training.make_backbone(recipe, pooling=None)[0]  # how to pool is searched
 
 
 def _classifier(model: keras.Model, size: int) -> Classifier:

@@ -109,11 +109,12 @@ def build(recipe: Recipe, num_classes: int) -> Classifier:
     return Classifier(trained, served, backbone, size)
 
 
-def make_backbone(recipe: Recipe) -> tuple[Backbone, int]:
+def make_backbone(recipe: Recipe, *, pooling: str | None = "avg") -> tuple[Backbone, int]:
     """Make the backbone of a recipe, a model of keras.applications.
 
     Args:
         recipe: A `Recipe`.
+        pooling: `"avg"`, `"max"`, or `None`: it ends in feature maps.
 
     Returns:
         The `Backbone`, and the height and width of its images.
@@ -148,6 +149,7 @@ def make_backbone(recipe: Recipe) -> tuple[Backbone, int]:
         backbone = Backbone.from_application(
             recipe.backbone,
             weights="imagenet" if recipe.weights == "imagenet" else None,
+            pooling=pooling,
             name="backbone",
             **arguments,
         )

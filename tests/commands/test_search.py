@@ -1,19 +1,26 @@
 """`keras-xfer tune`: searches on a few small images."""
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import keras
+import keras_tuner
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 
 from keras_xfer.cli import main
-from keras_xfer.commands import search
+from keras_xfer.commands import options, search
+from keras_xfer.commands.recipe import UsageError
+from keras_xfer.commands.screen import Screen
+from keras_xfer.commands.search_recipe import SearchRecipe
 from keras_xfer.tuner import DurableTuner, HyperTransfer
 from keras_xfer.tuner.workers import free_port
 from tests.test_cli import OUTPUTS, SMALL, failed, fill, names, read
@@ -238,7 +245,162 @@ def test_help_and_wrong_usage_load_no_framework(arguments):
     assert done.returncode == 0
 
 
+# What it searches
+
+
+def a_search(pictures, run):
+    recipe = SearchRecipe(
+        max_trials=2, weights=None, image_size=64, backbones=("MobileNet",),
+        backbone_args={"alpha": 0.25},
+    )  # fmt: skip
+    return search.Search(pictures, run, recipe, Screen())
+
+
+def test_pooling_makes_a_difference(pictures, tmp_path):
+    hypermodel = a_search(pictures, tmp_path / "run")._tuner(2).hypermodel
+    backbones = []
+    for pooling in ("avg", "max"):
+        hp = keras_tuner.HyperParameters()
+        hp.values["pooling"] = pooling
+        backbones.append(hypermodel.build(hp).get_layer("backbone"))
+    backbones[1].set_weights(backbones[0].get_weights())
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype("float32")
+    average, highest = (np.asarray(backbone(images)) for backbone in backbones)
+    assert average.shape == highest.shape == (2, 256)
+    assert np.all(highest >= average)
+    assert np.any(highest > average)
+
+
+def test_the_best_trial_is_named_as_in_the_table(pictures, tmp_path, monkeypatch, capsys):
+    made, told = a_search(pictures, tmp_path / "run"), {}
+    parts = [keras_tuner.HyperParameters() for _ in range(2)]
+    parts[1].values["tuner/trial_id"] = "0000"  # which it goes on from
+    trials = {
+        name: SimpleNamespace(trial_id=name, hyperparameters=hp)
+        for name, hp in zip(("0000", "0002"), parts, strict=True)
+    }
+    hypermodel = SimpleNamespace(stages=lambda *args, **kwargs: ())
+    tuner = SimpleNamespace(
+        oracle=SimpleNamespace(trials=trials), load_model=lambda trial: None, hypermodel=hypermodel
+    )
+    table = pd.DataFrame({"status": ["completed"], "seconds": [1.0]})
+    monkeypatch.setattr(search, "write_tables", lambda *args: (table, None))
+    monkeypatch.setattr(search, "best_trial", lambda tuner: trials["0002"])
+    monkeypatch.setattr(search, "_classifier", lambda *args: None)
+    monkeypatch.setattr(search.records, "read", lambda *args: {"best_epoch": 0})
+    monkeypatch.setattr(search.records, "history", lambda *args: [{"epoch": 0}])
+    monkeypatch.setattr(search.RunFolder, "write_csv", lambda *args: None)
+    monkeypatch.setattr(search.job, "finish", lambda *args, **more: told.update(more["search"]))
+    made._write(tuner, None, interrupted=False)
+    assert told["best_trial"] == "0000"
+    assert "Best     trial 0000" in capsys.readouterr().out
+
+
 # Many processes
+
+
+@pytest.fixture
+def worker(monkeypatch, pictures, tmp_path):
+    """A worker of a chief that does not come, at an address of IPv6."""
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "tuner0")
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "[::1]")
+    monkeypatch.setenv("KERASTUNER_ORACLE_PORT", "8000")
+    monkeypatch.setattr(search, "_POLL_SECONDS", 0.0)
+    called = []
+
+    def refuse(where, timeout):
+        called.append(where)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(search.socket, "create_connection", refuse)
+    made = a_search(pictures, tmp_path / "run")
+    made.called = called
+    return made
+
+
+def test_a_worker_believes_no_earlier_run_that_the_search_has_ended(
+    worker, tmp_path, monkeypatch, capsys
+):
+    metrics = tmp_path / "run" / "metrics.json"
+    metrics.parent.mkdir()
+    metrics.write_text("{}")
+    os.utime(metrics, (1e9, 1e9))
+    ticks = iter(range(99))
+
+    def sleep(seconds):
+        if next(ticks) == 2:
+            metrics.write_text("{}")
+
+    monkeypatch.setattr(search.time, "sleep", sleep)
+    assert not worker._wait_for_chief()
+    assert len(worker.called) == 4  # once more, when it is written anew
+    assert "The search has ended" in capsys.readouterr().out
+
+
+def test_a_worker_finds_a_chief_at_an_address_with_brackets(worker, monkeypatch, capsys):
+    monkeypatch.setattr(search, "_CHIEF_SECONDS", -1.0)
+    with pytest.raises(UsageError, match=r"No chief at \[::1\]:8000"):
+        worker._wait_for_chief()
+    assert worker.called == [("::1", 8000)]
+
+
+def test_addresses():
+    assert options.address("0.0.0.0:8000") == ("0.0.0.0", 8000)  # noqa: S104  # is read only
+    assert options.address("chief.example.com") == ("chief.example.com", None)
+    assert options.address("[::1]:8000") == ("[::1]", 8000)
+    assert options.address("[::1]") == ("[::1]", None)
+    for wrong in ("::1", "fe80::1:8000", "[::1", "::1]", "[]:8000", ":8000", "a:0"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"\[::1\]:8000"):
+            options.address(wrong)
+
+
+GROWTH = {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "expected"),
+    [
+        (None, [], {}),
+        (None, ["--workers", "2"], GROWTH),
+        ("chief", [], GROWTH),
+        ("tuner0", [], {}),
+    ],
+)
+def test_who_runs_no_trials_leaves_the_memory_of_the_gpu(
+    name, more, expected, line, tmp_path, monkeypatch
+):
+    found = {}
+
+    def look(*args, **kwargs):
+        found.update({each: os.environ[each] for each in GROWTH if each in os.environ})
+        raise UsageError("seen")
+
+    for each in GROWTH:
+        monkeypatch.setenv(each, "")  # so that it is as before when the test is over
+        monkeypatch.delenv(each)
+    if name is not None:
+        monkeypatch.setenv("KERASTUNER_TUNER_ID", name)
+        monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+        monkeypatch.setenv("KERASTUNER_ORACLE_PORT", "8000")
+    monkeypatch.setattr(search, "Search", look)
+    assert main([*line, "--output", str(tmp_path / "run"), *more]) == 2
+    assert found == expected
+
+
+def test_the_help_says_what_tune_does(capsys):
+    def said(*words):
+        assert main([*words, "--help"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    tune, train = said("tune"), said("train")
+    assert "those that were not over are run again" in tune
+    assert "seed of the candidates" in tune
+    assert "candidates" not in train
+    assert "features of a network that has learned nothing" in tune
+    assert "from scratch" not in tune
+    assert "trains everything from scratch" in train
+    assert "tune" in said("predict")
+    assert "tune" in said("cache", "info")
 
 
 def start(arguments, **environment):
@@ -338,6 +500,8 @@ def test_as_on_several_machines(line, tmp_path):
     assert "Trial 3 of 3" in said[1][0]
     assert "epochs was 3 and is 4" in said[2][1]
     assert names(run) == FOUND
-    late = start(arguments, KERASTUNER_TUNER_ID="tuner1", **where)
-    assert "nothing is left to do" in late.communicate(timeout=120)[0]
-    assert late.returncode == 0
+    # A search that had ended before a worker began may be an earlier one: it waits for its chief.
+    late = start(arguments, KERASTUNER_TUNER_ID="tuner1", PYTHONUNBUFFERED="1", **where)
+    assert "Waiting  for the chief" in late.stdout.readline()
+    late.kill()
+    late.communicate()
