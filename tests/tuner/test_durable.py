@@ -316,7 +316,9 @@ class StopsAt(keras.callbacks.Callback):
             raise Killed
 
 
-@pytest.mark.parametrize("kind", KINDS[:4])
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:3], pytest.param(oracles.HyperbandOracle, marks=pytest.mark.slow)]
+)
 def test_every_oracle_goes_on_as_if_it_had_never_stopped(tmp_path, kind):
     whole = search(tuner(tmp_path / "whole", kind))
     with pytest.raises(Killed):

@@ -260,7 +260,9 @@ def test_a_worse_execution_does_not_overwrite_a_better_one(tmp_path, order):
 # --- Hyperband -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("head_epochs", "is_cached"), [(3, False), (1, True)])
+@pytest.mark.parametrize(
+    ("head_epochs", "is_cached"), [pytest.param(3, False, marks=pytest.mark.slow), (1, True)]
+)
 def test_hyperbands_rounds_are_one_training(tmp_path, head_epochs, is_cached):
     """Two epochs and then two more, in another trial, end as four in one fit by hand: weights, and
     so the optimizer's state, the stage and its rates."""
@@ -304,6 +306,7 @@ def test_hyperbands_rounds_are_one_training(tmp_path, head_epochs, is_cached):
 # --- Several searches, and memory ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_searches_one_after_another(tmp_path):
     """Of one backbone of the user's: neither it nor a model that is held changes."""
     own = tiny()
