@@ -630,6 +630,12 @@ def _inference_mode(layers: Iterable[keras.Layer]) -> Iterator[None]:
             vars(layer).pop("call", None)
 
 
+def holds_back_training(value: Any) -> bool:
+    """Whether `value` is the `call` that a layer has got so that it never hears of training."""
+    # Its names and its module are those of the layer's own.
+    return getattr(value, "__globals__", None) is globals()
+
+
 def _call_without_training(layer: keras.Layer) -> None:
     """Let the `call` of `layer`, this one object, get training=False whatever it is given."""
     method = layer.call

@@ -104,8 +104,11 @@ def _structure(extractor: keras.Layer, layers: list[keras.Layer]) -> Any:
             f"{type(layer).__name__} does not ({' '.join(str(cause).split())[:200]}). Give its class a get_config() that "
             "returns its arguments as JSON can hold them."
         ) from error
-    # A model whose class makes its layers, for one, says nothing of them.
-    return [*own, [_inside(layer, canonical) for layer in layers[1:]]]
+    # A model whose class makes its layers, for one, says nothing of them; a graph, of its own.
+    graph = freezing.graph_of(extractor)
+    told = set() if graph is None else set(map(id, graph.layers))
+    inside = [layer for layer in layers[1:] if id(layer) not in told]
+    return [*own, [_inside(layer, canonical) for layer in inside]]
 
 
 def _inside(layer: keras.Layer, canonical: "_Canonical") -> Any:
@@ -292,7 +295,7 @@ def _codes(layers: list[keras.Layer]) -> list[Any]:
             [name, fingerprint(value)]
             for name, value in sorted(vars(layer).items())
             if not (name in _of_every_layer() or name.startswith(("_self_", "_compile")))
-            and getattr(value, "__module__", None) != freezing.__name__  # it holds back training
+            and not freezing.holds_back_training(value)
             and _has_code(value, layers)
         )
     return codes

@@ -150,6 +150,9 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
         assert found is not None  # noqa: S101  # the dataset holds it
         return found
 
+    # They have no control flow to convert, and converting takes longer than all else here.
+    plain = tf.autograph.experimental.do_not_convert
+
     def begin(_: Any) -> Any:
         return alive().order.astype(np.int64), np.int64(alive().epoch)
 
@@ -159,9 +162,11 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
             alive().epoch += 1
         return batch
 
+    @plain
     def one_pass(order: Any, epoch: Any) -> Any:
         order.set_shape([rows])
 
+        @plain
         def batch(index: Any) -> Any:
             chosen = order[index * batch_size : tf.minimum((index + 1) * batch_size, rows)]
             flat = tf.numpy_function(gather, [chosen, epoch, index + 1 >= batches], dtypes)
@@ -178,7 +183,7 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
 
     dataset = (
         tf.data.Dataset.from_tensors(np.int64(0))
-        .map(lambda zero: tf.numpy_function(begin, [zero], [tf.int64, tf.int64]))
+        .map(plain(lambda zero: tf.numpy_function(begin, [zero], [tf.int64, tf.int64])))
         .flat_map(one_pass)
         .apply(tf.data.experimental.assert_cardinality(batches))
     )

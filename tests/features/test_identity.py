@@ -73,6 +73,17 @@ def test_what_is_thawed_does_not_matter():
     assert same(one, other)
 
 
+def test_how_batch_normalization_trains_does_not_matter():
+    def make(policy):
+        keras.utils.set_random_seed(1)
+        normalized = [keras.layers.Dense(3), keras.layers.BatchNormalization()]
+        backbone = Backbone(keras.Sequential([keras.Input((4,)), *normalized]), batch_norm=policy)
+        return keras.Sequential([keras.Input((4,)), backbone])
+
+    assert same(make("frozen"), make("train"))  # a search over policies has one set of features
+    assert same(make("frozen"), make("affine"))
+
+
 def test_what_else_uses_a_layer_does_not_matter():
     plain = graph()
     shared = graph()
