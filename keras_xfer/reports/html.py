@@ -7,14 +7,14 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras_xfer import files
-from keras_xfer.reports import plots, tables
+from keras_xfer.reports import history_plots, pictures, plots, tables
 from keras_xfer.reports._extra import require
 from keras_xfer.reports._numbers import duration
+from keras_xfer.reports.predictions import read_predictions
 from keras_xfer.reports.search_section import search_section
 from keras_xfer.reports.trials import read_trials
 
@@ -95,14 +95,18 @@ def write_report(
         skipped = _read_csv(run / "skipped.csv", text=True)
     metrics = _read_json(run / "metrics.json", dict)
     class_names = _read_json(run / "labels.json", list)
-    predictions = None
+    predictions = scores = None
     if (run / "predictions.csv").is_file():
-        predictions = tables.read_predictions(run / "predictions.csv")
+        predictions = read_predictions(run / "predictions.csv")
+        scores = tables.classification_table(predictions, class_names)
 
     page: dict[str, Any] = {
         "title": title or run.resolve().name,
         "headlines": _headlines(history, predictions, class_names, skipped),
-        "figures": _figures(history, predictions, class_names),
+        "figures": {
+            **_history_figures(history, _stage_names(metrics or {}, history)),
+            **_prediction_figures(predictions, scores, class_names),
+        },
         "search": None if search is None else _search(search),
         "scores": None,
         "confused": [],
@@ -114,9 +118,8 @@ def write_report(
         "skipped": [] if skipped is None else skipped.head(_MOST_ROWS).values.tolist(),
         "skipped_count": 0 if skipped is None else len(skipped),
     }
-    if predictions is not None:
+    if predictions is not None and scores is not None:
         root = run if images is None else Path(images)
-        scores = tables.classification_table(predictions, class_names)
         page["scores"] = [_score_row(name, row) for name, row in scores.iterrows()]
         page["many_classes"] = len(scores) - 2 > 20
         page["confused"] = _confused(predictions)
@@ -205,24 +208,35 @@ def _headlines(
     return headlines
 
 
-def _figures(
-    history: "pd.DataFrame", predictions: "pd.DataFrame | None", class_names: list[str] | None
+def _stage_names(metrics: dict[str, Any], history: "pd.DataFrame") -> list[str] | None:
+    """Names of the stages, which `keras-xfer train` notes in their order."""
+    stages = metrics.get("stages")
+    if isinstance(stages, dict) and "stage" in history and history["stage"].max() < len(stages):
+        return list(stages)
+    return None
+
+
+def _history_figures(
+    history: "pd.DataFrame", stage_names: list[str] | None
 ) -> dict[str, str | None]:
-    drawings: dict[str, Callable[[], Figure] | None] = dict.fromkeys(
-        ("history", "timing", "confusion", "class_scores")
-    )
+    curves = timing = None
     if len(history):
-        drawings["history"] = lambda: plots.plot_history(history)
+        curves = _svg(history_plots.plot_history(history, stage_names=stage_names))
         if "epoch_seconds" in history and history["epoch_seconds"].notna().any():
-            drawings["timing"] = lambda: plots.plot_timing(history)
-    if predictions is not None and len(predictions):
-        drawings["confusion"] = lambda: plots.plot_confusion(
-            tables.confusion_table(predictions, class_names)
-        )
-        drawings["class_scores"] = lambda: plots.plot_class_scores(
-            tables.classification_table(predictions, class_names)
-        )
-    return {name: draw and _svg(draw()) for name, draw in drawings.items()}
+            timing = _svg(history_plots.plot_timing(history, stage_names=stage_names))
+    return {"history": curves, "timing": timing}
+
+
+def _prediction_figures(
+    predictions: "pd.DataFrame | None",
+    scores: "pd.DataFrame | None",
+    class_names: list[str] | None,
+) -> dict[str, str | None]:
+    confusion = class_scores = None
+    if predictions is not None and scores is not None and len(predictions):
+        confusion = _svg(plots.plot_confusion(tables.confusion_table(predictions, class_names)))
+        class_scores = _svg(plots.plot_class_scores(scores))
+    return {"confusion": confusion, "class_scores": class_scores}
 
 
 def _search(trials: "pd.DataFrame") -> dict[str, Any]:
@@ -266,7 +280,7 @@ def _confused(predictions: "pd.DataFrame", n: int = 10) -> list[tuple[str, str, 
 
 
 def _mistake(row: "pd.Series[Any]", root: Path) -> dict[str, Any]:
-    picture = plots.thumbnail(root / row["file"], _THUMBNAIL_SIDE)
+    picture = pictures.thumbnail(root / row["file"], _THUMBNAIL_SIDE)
     uri = None
     if picture is not None:
         buffer = io.BytesIO()
@@ -333,11 +347,10 @@ def _best(history: "pd.DataFrame", column: str) -> tuple[float, int] | None:
 
 def _interval(right: int, total: int) -> tuple[float, float]:
     """Wilson's score interval at 95 %, which holds for few images and near 100 % too."""
-    z = 1.959964
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest
+
+    low, high = binomtest(right, total).proportion_ci(0.95, "wilson")
+    return float(low), float(high)
 
 
 def _words(key: Any) -> str:

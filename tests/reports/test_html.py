@@ -156,6 +156,21 @@ def test_letters_that_matplotlibs_font_lacks_are_kept(run):
     assert "犬" in base64.b64decode(drawing.partition(",")[2]).decode()
 
 
+def test_stages_are_called_as_in_the_metrics(run):
+    def curves():
+        drawing = Page(write_report(run)).images()["Loss and metrics by epoch"]
+        return base64.b64decode(drawing.partition(",")[2]).decode()
+
+    assert ">stage 2</text>" in curves()
+    metrics = {"stages": {"head": {"epochs": 2}, "fine-tuning": {"epochs": 2}}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "stage 2" not in curves()
+    assert re.search(r">head</text>.*>fine-tuning</text>", curves(), re.DOTALL)
+    # Fewer than there are stages are those of something else.
+    (run / "metrics.json").write_text(json.dumps({"stages": {"head": {"epochs": 2}}}))
+    assert ">stage 2</text>" in curves()
+
+
 def test_only_the_images_that_are_there_are_shown(run):
     page = Page(write_report(run, images=run.parent))
     assert page.text.count("image not found") == 4

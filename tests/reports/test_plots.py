@@ -10,109 +10,15 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from keras_xfer.reports import (
-    plot_class_scores,
-    plot_confusion,
-    plot_history,
-    plot_most_wrong,
-    plot_timing,
-)
-from keras_xfer.reports.plots import thumbnail
+from keras_xfer.reports import plot_class_scores, plot_confusion, plot_most_wrong
+from keras_xfer.reports.pictures import thumbnail
 
-HISTORY = {
-    "loss": [3.0, 2.0, 1.0, 0.5],
-    "val_loss": [3.1, 2.1, 1.2, 0.9],
-    "accuracy": [0.1, 0.4, 0.6, 0.8],
-    "val_accuracy": [0.1, 0.3, 0.5, 0.7],
-    "stage": [0, 0, 1, 1],
-    "learning_rate": [1e-3] * 4,
-    "epoch_seconds": [2.0, 1.0, 4.0, 6.0],
-}
+PREDICTIONS = ["file", "label", "prediction", "probability", "correct"]
 
 
 def draw(figure):
     figure.savefig(io.BytesIO(), format="png")
     return figure
-
-
-def lines(axes):
-    return {line.get_label(): line for line in axes.lines}
-
-
-def test_history_draws_what_was_logged():
-    loss, accuracy = draw(plot_history(HISTORY)).axes
-    assert loss.get_ylabel() == "loss"
-    assert accuracy.get_ylabel() == "accuracy"
-    np.testing.assert_array_equal(
-        lines(loss)["validation"].get_xydata(), [[1, 3.1], [2, 2.1], [3, 1.2], [4, 0.9]]
-    )
-    np.testing.assert_array_equal(lines(accuracy)["training"].get_ydata(), HISTORY["accuracy"])
-
-
-def test_a_line_stands_where_a_stage_begins():
-    for axes in plot_history(HISTORY).axes:
-        upright = [
-            line.get_xdata()[0]
-            for line in axes.lines
-            if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 1
-        ]
-        assert upright == [2.5]  # between the second epoch and the third
-        assert [text.get_text() for text in axes.texts] == ["stage 1", "stage 2"]
-
-
-def test_history_takes_what_fit_returns_and_frames():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse", metrics=["mae"])
-    fitted = model.fit(np.zeros((4, 2)), np.zeros(4), epochs=2, validation_split=0.5, verbose=0)
-    for history in (fitted, fitted.history, pd.DataFrame(fitted.history)):
-        figure = draw(plot_history(history))
-        assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "mae"]
-        np.testing.assert_allclose(
-            lines(figure.axes[0])["training"].get_ydata(), fitted.history["loss"]
-        )
-
-
-def test_validation_every_second_epoch():
-    history = {"loss": [4.0, 3.0, 2.0, 1.0], "val_loss": [3.5, 1.5]}
-    axes = draw(plot_history(history)).axes[0]
-    np.testing.assert_array_equal(lines(axes)["validation"].get_xydata(), [[2, 3.5], [4, 1.5]])
-
-
-@pytest.mark.parametrize(
-    "history",
-    [
-        {},
-        {"loss": []},
-        {"loss": [1.0]},
-        {"loss": [float("nan")] * 3, "val_loss": [float("nan")] * 3},
-        {"accuracy": [0.5, 0.6]},
-        {"loss": [1.0, 2.0], "stage": [0, float("nan")]},
-        {"loss": np.arange(40.0), "stage": np.arange(40)},
-        {"loss": [1.0, float("inf")]},
-    ],
-)
-def test_odd_histories_are_drawn(history):
-    draw(plot_history(history))
-    draw(plot_history(pd.DataFrame(history)))
-
-
-def test_timing_by_stage():
-    figure = draw(plot_timing(pd.DataFrame(HISTORY)))
-    axes = figure.axes[0]
-    assert [bar.get_height() for bar in axes.patches] == HISTORY["epoch_seconds"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "stage 1: median 1.5 s",
-        "stage 2: median 5.0 s",
-    ]
-    colors = [bar.get_facecolor() for bar in axes.patches]
-    assert colors[0] == colors[1] != colors[2] == colors[3]
-
-
-def test_timing_without_seconds():
-    with pytest.raises(ValueError, match="EpochTiming"):
-        plot_timing({"loss": [1.0]})
-    draw(plot_timing({"epoch_seconds": [float("nan"), 1.0]}))
-    draw(plot_timing({"epoch_seconds": []}))
 
 
 @pytest.mark.parametrize("classes", [0, 1, 2, 10, 20, 21, 120])
@@ -183,10 +89,103 @@ def test_thumbnails(tmp_path):
     assert thumbnail(tmp_path / "gone.jpg", 100) is None
 
 
+def wrong(*files):
+    return pd.DataFrame([[file, "a", "b", 0.9, False] for file in files], columns=PREDICTIONS)
+
+
+def shown(figure):
+    return [axes.images[0].get_array() for axes in draw(figure).axes]
+
+
+def pictures(kind):
+    """Three images of 4 x 6, whose first pixel is 0, 51 and 255."""
+    images = np.zeros((3, 4, 6, 3))
+    images[1:, 0, 0] = [[51] * 3, [255] * 3]
+    return {
+        "uint8": images.astype("uint8"),
+        "float in [0, 255]": images.astype("float32"),
+        "float in [0, 1]": images / 255,
+        "grey": images[..., 0].astype("uint8"),
+        "one channel": images[..., :1] / 255,
+        "channels first": np.moveaxis(images, -1, 1),
+        "list": list(images.astype("uint8")),
+        "tensor": keras.ops.convert_to_tensor(images / 255, dtype="float32"),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "uint8", "float in [0, 255]", "float in [0, 1]", "grey", "one channel", "channels first",
+        "list", "tensor",
+    ],
+)  # fmt: skip
+def test_most_wrong_shows_arrays(kind):
+    figure = plot_most_wrong(wrong("2", "0", "1"), images=pictures(kind))
+    assert [image[0, 0].tolist() for image in shown(figure)] == [[255] * 3, [0] * 3, [51] * 3]
+    assert shown(figure)[0].shape == (4, 6, 3)
+    assert not shown(figure)[0][1:].any()
+
+
+def test_which_image_of_which_row():
+    images = pictures("uint8")
+    # By the number that is the file, also after others were left out; else by the row.
+    table = wrong("0", "1", "2").iloc[1:]
+    assert [image[0, 0, 0] for image in shown(plot_most_wrong(table, images=images))] == [51, 255]
+    table = wrong("x.png", "y.png", "z.png")
+    table["probability"] = [0.1, 0.2, 0.3]
+    table["correct"] = [False, True, False]
+    assert [image[0, 0, 0] for image in shown(plot_most_wrong(table, images=images))] == [255, 0]
+    by_file = {"z.png": images[1], "x.png": images[2]}
+    assert [image[0, 0, 0] for image in shown(plot_most_wrong(table, images=by_file))] == [51, 255]
+
+
+def test_a_dark_image_is_dark_beside_others():
+    images = [np.full((2, 2), 1.0), np.full((2, 2), 200.0)]
+    assert [image[0, 0, 0] for image in shown(plot_most_wrong(wrong("0", "1"), images=images))] == [
+        1,
+        200,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 4, 4)), "Received: images without 1, the file '1'"),
+        ({"1": np.zeros((4, 4))}, "Received: images without '0'"),
+        (np.full((2, 4, 4), -1.0), r"\(images \+ 1\) / 2"),
+        (np.full((2, 4, 4), 256), "from 256 to 256"),
+        (np.zeros((2, 4, 4, 5)), r"shape \(4, 4, 5\)"),
+        (np.zeros((2, 4)), r"shape \(4,\)"),
+    ],
+)
+def test_images_that_do_not_do(images, message):
+    with pytest.raises(ValueError, match=message):
+        plot_most_wrong(wrong("0", "1"), images=images)
+
+
+def test_root_and_images_exclude_each_other():
+    with pytest.raises(ValueError, match="Received: both"):
+        plot_most_wrong(wrong("0"), root=".", images=np.zeros((1, 4, 4)))
+
+
+def test_most_wrong_of_a_saved_file(tmp_path):
+    Image.new("RGB", (30, 20), (200, 0, 0)).save(tmp_path / "red.png")
+    table = wrong("red.png", "gone.png")
+    table.loc[1, ["prediction", "probability"]] = ["", np.nan]
+    table.to_csv(tmp_path / "predictions.csv", index=False)
+    axes = draw(plot_most_wrong(tmp_path / "predictions.csv", root=tmp_path)).axes
+    assert [each.get_title() for each in axes] == ["b, 90.0%\nis a", "no prediction\nis a"]
+    assert axes[0].images[0].get_array()[0, 0].tolist() == [200, 0, 0]
+    assert len(draw(plot_most_wrong(str(tmp_path / "predictions.csv"), 1, root=tmp_path)).axes) == 1
+    with pytest.raises(ValueError, match="path of a predictions.csv"):
+        plot_most_wrong(table.drop(columns="file"))
+
+
 def test_pyplot_is_left_alone():
     before = (pyplot.get_backend(), dict(matplotlib.rcParams))
-    draw(plot_history(HISTORY))
-    draw(plot_timing(HISTORY))
+    draw(plot_confusion(pd.DataFrame(np.eye(2), ["a", "b"], ["a", "b"])))
+    draw(plot_most_wrong(wrong("0"), images=np.zeros((1, 4, 4))))
     assert pyplot.get_fignums() == []
     assert (pyplot.get_backend(), dict(matplotlib.rcParams)) == before
 
@@ -194,4 +193,4 @@ def test_pyplot_is_left_alone():
 def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with warnings.catch_warnings(), pytest.raises(ImportError, match=r"keras-xfer\[report\]"):
-        plot_history({"loss": [1.0]})
+        plot_confusion(pd.DataFrame())
