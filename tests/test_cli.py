@@ -16,6 +16,7 @@ from PIL import Image
 from keras_xfer import applications, cli
 from keras_xfer.cli import main
 from keras_xfer.commands import job
+from keras_xfer.reports import classification_table
 
 CLASSES = ["Zürich 日本", "cat", "red panda"]  # by code point
 SMALL = ["--backbone", "MobileNet", "--backbone-arg", "alpha=0.25", "--image-size", "32"]
@@ -167,6 +168,8 @@ def test_metrics_agree_with_the_predictions(trained):
     right = [row["label"] == row["prediction"] for row in rows]
     assert [row["correct"] == "True" for row in rows] == right
     assert metrics["accuracy"] == pytest.approx(np.mean(right))
+    scores = classification_table(run / "predictions.csv", CLASSES)
+    assert scores.loc["weighted avg", "recall"] == pytest.approx(np.mean(right))
     assert [row["label"] for row in rows] == [name for name in CLASSES for _ in range(2)]
     assert (metrics["split"], metrics["test_images"], metrics["skipped_images"]) == ("test", 6, 11)
 

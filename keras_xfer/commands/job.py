@@ -23,8 +23,7 @@ from keras_xfer.commands.screen import EpochLines, Screen, counted, seconds
 from keras_xfer.commands.training import Classifier, Fitted, Row
 from keras_xfer.images import ImageFolder, scan
 from keras_xfer.reports import predict_probabilities, write_report
-
-PREDICTION_COLUMNS = ("file", "label", "prediction", "probability", "correct")
+from keras_xfer.reports.predictions import prediction_columns
 
 
 def train(
@@ -282,21 +281,13 @@ def finish(
             f"The trained model answers NaN for images of the {split} split. "
             "Lower --learning-rate, or leave out --mixed-precision."
         )
-    answers = probabilities.argmax(axis=1)
-    correct = answers == labels
-    run.write_csv(
-        "predictions.csv",
-        PREDICTION_COLUMNS,
-        [
-            (name, folder.class_names[label], folder.class_names[answer], f"{highest:.7g}", right)
-            for name, label, answer, highest, right in zip(
-                names, labels, answers, probabilities.max(axis=1), correct, strict=True
-            )
-        ],
-    )
+    columns = prediction_columns(names, labels, probabilities, folder.class_names)
+    accuracy = float(columns["correct"].mean())
+    columns["probability"] = [f"{probability:.7g}" for probability in columns["probability"]]
+    run.write_csv("predictions.csv", list(columns), zip(*columns.values(), strict=True))
     own = probabilities[np.arange(len(labels)), labels]
     metrics = {
-        "accuracy": float(correct.mean()),
+        "accuracy": accuracy,
         "loss": float(-np.log(np.maximum(own, 1e-30)).mean()),
         "split": split,
         **summary(fitted, folder, recipe, classifier),

@@ -18,6 +18,7 @@ from keras_xfer.commands.training import one_line
 from keras_xfer.handles.failures import shown
 from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
 from keras_xfer.layers import BackbonePreprocessing, HubModule
+from keras_xfer.reports import predict_probabilities
 
 _BATCH_SIZE = 32
 
@@ -75,9 +76,7 @@ def predict(
         readable = [(file, image) for file, image in batch if isinstance(image, np.ndarray)]
         if readable:
             images = np.stack([image for _, image in readable])
-            answers = np.asarray(
-                keras.ops.convert_to_numpy(model.predict_on_batch(images)), "float64"
-            )
+            _, _, answers = predict_probabilities(model, (images,))
             for (file, _), row in zip(readable, answers, strict=True):
                 order = np.argsort(-row, kind="stable")[:top]
                 ranking = [(class_names[i], float(row[i])) for i in order]
