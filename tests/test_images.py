@@ -75,6 +75,14 @@ def test_one_folder_a_split(tmp_path, validation):
     assert {name.split("/")[0] for name in names(tmp_path, found.validation)} == {validation}
 
 
+def test_splits_have_other_names_too(tmp_path):
+    fill(tmp_path / "Training", {"a": 5, "b": 5})
+    fill(tmp_path / "testing", {"a": 2, "b": 2})
+    found = scan(tmp_path)
+    assert found.counts() == {"train": [4, 4], "validation": [1, 1], "test": [2, 2]}
+    assert all(name.startswith("testing/") for name in names(tmp_path, found.test))
+
+
 def test_validation_is_drawn_from_train_where_only_test_is_given(tmp_path):
     fill(tmp_path / "train", {"a": 5, "b": 5})
     fill(tmp_path / "test", {"a": 2, "b": 2})

@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from keras_xfer.layers.random_shear import RandomShear
+
 
 def make_augmentation(
     *,
@@ -46,7 +48,7 @@ def make_augmentation(
         (shift, layers.RandomTranslation, {"height_factor": shift, "width_factor": shift}),
         (zoom, layers.RandomZoom, {"height_factor": zoom}),
         (rotation, layers.RandomRotation, {"factor": rotation}),
-        (shear, layers.RandomShear, {"x_factor": shear, "y_factor": shear}),
+        (shear, RandomShear, {"x_factor": shear, "y_factor": shear}),
     ]
     made: list[keras.layers.Layer] = []
     for is_wanted, layer, arguments in wanted:

@@ -21,9 +21,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".
 _FOREIGN_SUFFIXES = frozenset({".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg"})
 _LITTER = frozenset({"__MACOSX", "@eaDir"})  # left by macOS archives and Synology shares
 _SPLITS = {
-    "train": ("train",),
+    "train": ("train", "training"),
     "validation": ("validation", "val", "valid"),
-    "test": ("test",),
+    "test": ("test", "testing"),
 }
 _SPLIT_NAMES = frozenset(alias for aliases in _SPLITS.values() for alias in aliases)
 
@@ -116,10 +116,10 @@ def scan(
 ) -> ImageFolder:
     """Find the classes and the splits in a folder of images, and the files that are no images.
 
-    `folder` holds one folder a class, or `train/` (and `validation/`, also called `val/` or
-    `valid/`, and `test/`) with one folder a class each. Class folders are searched with their
-    subfolders. Every image is decoded once, on all cores, because a truncated JPEG shows itself
-    no sooner; an epoch then never meets one.
+    `folder` holds one folder a class, or `train/` (and `validation/` and `test/`) with one folder a
+    class each; `training/`, `val/`, `valid/` and `testing/` are other names of these. Class folders
+    are searched with their subfolders. Every image is decoded once, on all cores, because a
+    truncated JPEG shows itself no sooner; an epoch then never meets one.
 
     Where no validation folder is given the split is stratified: each class gives its share,
     rounded, at least one image where it has enough, and always keeps one for training. The split
