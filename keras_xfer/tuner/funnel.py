@@ -1,31 +1,23 @@
 """The funnel: all heads on cached features first, then the best of them fine-tuned."""
 
 import contextlib
-import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
 import keras_tuner
 
-from keras_xfer import files
 from keras_xfer.features import FeatureCache
+from keras_xfer.tuner import asked
 from keras_xfer.tuner.durable import DurableOracle, DurableTuner, is_worker
 from keras_xfer.tuner.hyper_transfer import HyperTransfer
 from keras_xfer.tuner.progress import SearchProgress
-from keras_xfer.tuner.search_result import (
-    BEST_MODEL,
-    TRIAL_EPOCHS,
-    TRIALS,
-    SearchResult,
-    search_result,
-)
+from keras_xfer.tuner.search_result import SearchResult, search_result
 
-_PROJECT = "search"
 _FEATURES = "features"
 
 
@@ -129,13 +121,14 @@ def funnel_search(
     folder = Path(directory)
     own_features = folder / _FEATURES if hypermodel.cache is None else None
     with _cached(hypermodel, own_features):
-        asked = _asked(oracle, hypermodel, seed, fit_kwargs)
-        _check_same(folder, asked, overwrite=overwrite)
+        data = {"x": x, "y": y, "validation_data": validation_data}
+        told = _asked(oracle, hypermodel, seed, data, fit_kwargs)
+        asked.check_same(folder, told, overwrite=overwrite)
         tuner = DurableTuner(
             oracle,
             hypermodel,
             directory=folder,
-            project_name=_PROJECT,
+            project_name=asked.PROJECT,
             overwrite=overwrite,
             seed=seed,
         )
@@ -313,7 +306,11 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
 
 
 def _asked(
-    oracle: FunnelOracle, hypermodel: HyperTransfer, seed: int | None, fit_kwargs: dict[str, Any]
+    oracle: FunnelOracle,
+    hypermodel: HyperTransfer,
+    seed: int | None,
+    data: Mapping[str, Any],
+    fit_kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What tells a search from others."""
     return {
@@ -321,32 +318,6 @@ def _asked(
         "rounds": [list(each) for each in oracle.rounds],
         "seed": seed,
         "space": hypermodel.describe(),
-        "fit": {
-            name: value
-            for name, value in fit_kwargs.items()
-            if isinstance(value, bool | int | float | str)
-        },
+        **{name: asked.of_data(each) for name, each in data.items()},
+        "fit": asked.of_fit_arguments(fit_kwargs),
     }
-
-
-def _check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
-    """Raise if the folder holds a search that was asked something else."""
-    path = folder / "search.json"
-    for name in (path.name, TRIALS, TRIAL_EPOCHS, BEST_MODEL):
-        files.remove_leftovers(folder / name)
-    if not overwrite and (folder / _PROJECT / "oracle.json").exists():
-        then = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        different = [name for name, value in asked.items() if then.get(name) != value]
-        if different:
-            raise ValueError(
-                f"Expected the search that {str(folder)!r} holds. Received: another "
-                f"{' and '.join(different)}. Call it with the same arguments to go on, pass "
-                "overwrite=True to begin anew, or choose another directory."
-            )
-        return
-    if not is_worker():
-        folder.mkdir(parents=True, exist_ok=True)
-        # The first thing to go, so that no search is ever taken for another.
-        (folder / _PROJECT / "oracle.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / _PROJECT, ignore_errors=True)
-        files.write_json(path, asked)

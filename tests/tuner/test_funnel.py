@@ -12,7 +12,7 @@ import pytest
 from keras_xfer.bundle import read_bundle
 from keras_xfer.features import FeatureCache
 from keras_xfer.retarget import capture
-from keras_xfer.tuner import FunnelOracle
+from keras_xfer.tuner import FunnelOracle, asked
 from tests.callbacks.test_resuming import differing
 from tests.tuner import hypermodels
 from tests.tuner.hypermodels import Watching
@@ -63,6 +63,25 @@ class Counted:
             return predict(model, x)
 
         monkeypatch.setattr(keras.Model, "predict_on_batch", counted)
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return -(-len(self.x) // BATCH)
+
+    def __getitem__(self, index):
+        rows = slice(BATCH * index, BATCH * (index + 1))
+        return self.x[rows], self.y[rows]
+
+
+def tf_data(x, y):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +284,12 @@ def test_once_more_returns_at_once(whole, monkeypatch):
         ({"objective": keras_tuner.Objective("val_loss", "max")}, "objective"),
         ({"seed": 4}, "seed"),
         ({"hypermodel": hypermodels.hypermodel(space={**SPACE, "dropout": 0.1})}, "space"),
+        ({"x": TRAIN[0] + 1, "y": TRAIN[1]}, "x"),
+        ({"x": TRAIN[0], "y": TRAIN[1][::-1]}, "y"),
+        ({"validation_data": (VALIDATION[0], VALIDATION[1][::-1])}, "validation_data"),
+        ({"class_weight": {0: 1.0, 1: 2.0, 2: 1.0}}, "class_weight"),
+        ({"sample_weight": np.linspace(0, 1, 24)}, "sample_weight"),
+        ({"batch_size": 4}, "batch_size"),
     ],
 )
 def test_another_search_does_not_go_on_with_this_one(whole, change, named):
@@ -275,6 +300,72 @@ def test_another_search_does_not_go_on_with_this_one(whole, change, named):
         search(folder, **{"hypermodel": made, **change})
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert made.cache is None
+
+
+def doubled(x, y):
+    return Batches(np.concatenate([x, x]), np.concatenate([y, y]))
+
+
+def larger(x, y):
+    return Batches(np.repeat(x, 2, axis=1), y)
+
+
+class Fingerprinted(Batches):
+    """One that has looked at its files."""
+
+    def __init__(self, x, y, name="then"):
+        super().__init__(x, y)
+        self.name = name
+
+    def fingerprint(self):
+        return self.name
+
+
+def changed(x, y):
+    return Fingerprinted(x, y, "now")
+
+
+def fewer(x, y):
+    return Fingerprinted(x[:8], y[:8])
+
+
+@pytest.mark.parametrize(
+    ("make", "other"),
+    [
+        (Batches, doubled),
+        (Batches, larger),
+        (Fingerprinted, changed),
+        (tf_data, lambda x, y: tf_data(x, y).take(2)),
+        (tf_data, lambda x, y: tf_data(x.astype("float16"), y)),
+    ],
+)
+def test_nor_with_that_of_other_data_in_batches(tmp_path, make, other):
+    def run(train):
+        # To be found by its files alone, it need not run.
+        return search(tmp_path, **QUICK, x=train(*TRAIN), batch_size=None, callbacks=Interrupts(1))
+
+    for _ in range(2):  # the same data, made once more
+        with pytest.raises(KeyboardInterrupt):
+            run(make)
+    with pytest.raises(ValueError, match="another x.*overwrite=True"):
+        run(other)
+
+
+def test_a_worker_elsewhere_has_the_same_images_at_another_path(tmp_path, monkeypatch):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "oracle.json").write_text("{}")
+
+    def told(data):
+        return {"x": asked.of_data(data)}
+
+    (tmp_path / "search.json").write_text(json.dumps(told(Fingerprinted(*TRAIN))))
+    with pytest.raises(ValueError, match="another x"):
+        asked.check_same(tmp_path, told(changed(*TRAIN)), overwrite=False)
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "tuner1")
+    asked.check_same(tmp_path, told(changed(*TRAIN)), overwrite=False)
+    with pytest.raises(ValueError, match="another x"):
+        asked.check_same(tmp_path, told(fewer(*TRAIN)), overwrite=False)
 
 
 def test_nor_with_one_that_is_no_funnel(whole, tmp_path):
@@ -453,25 +544,6 @@ def test_an_objective_that_is_not_logged(tmp_path):
 
 
 # --- What it is given ------------------------------------------------------------------------
-
-
-class Batches(keras.utils.PyDataset):
-    def __init__(self, x, y):
-        super().__init__()
-        self.x, self.y = x, y
-
-    def __len__(self):
-        return -(-len(self.x) // BATCH)
-
-    def __getitem__(self, index):
-        rows = slice(BATCH * index, BATCH * (index + 1))
-        return self.x[rows], self.y[rows]
-
-
-def tf_data(x, y):
-    import tensorflow as tf
-
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
 
 
 @pytest.mark.parametrize("make", [Batches, tf_data])

@@ -1,0 +1,158 @@
+"""What a search was asked, as plain data: by it a search that goes on is told from another."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_xfer import files
+from keras_xfer.features import digests
+from keras_xfer.features.nesting import describe, flatten
+from keras_xfer.features.source import as_tuple, is_arrays, to_numpy
+from keras_xfer.tuner.durable import is_worker
+from keras_xfer.tuner.search_result import BEST_MODEL, TRIAL_EPOCHS, TRIALS
+
+PROJECT = "search"  # KerasTuner's name for what it keeps of a search, here its folder
+_ASKED = "search.json"
+_FINGERPRINT = "fingerprint"
+_NAMES = {"rounds": "number of trials or epochs (rounds)"}  # where the key alone would not say it
+
+
+def of_data(data: Any) -> Any:
+    """What tells data of `Model.fit` from others, as far as it is cheap.
+
+    Arrays are known by their content; a dataset that has a `fingerprint()` by that; others by their
+    type, their length and what one batch is like, since to read them all may take as long as an
+    epoch.
+
+    Args:
+        data: arrays, a nest of arrays, a dataset, an iterable, or None.
+
+    Returns:
+        JSON.
+
+    Example:
+
+    >>> of_data(np.zeros((4, 2))) == of_data(np.ones((4, 2)))
+    False
+    """
+    if data is None:
+        return None
+    if is_arrays(data):
+        arrays = [to_numpy(leaf) for leaf in flatten(data)]
+        return {"structure": describe(data), "arrays": digests.of_arrays(arrays)}
+    told: dict[str, Any] = {"type": type(data).__name__}
+    if is_tf_dataset(data):  # whose fingerprint() never recurs where it calls Python
+        return {**told, "batches": int(data.cardinality()), "batch": repr(data.element_spec)}
+    fingerprint = getattr(data, _FINGERPRINT, None)
+    if callable(fingerprint):
+        return {**told, "batches": _length(data), _FINGERPRINT: str(fingerprint())}
+    if isinstance(data, keras.utils.PyDataset):
+        batch = as_tuple(data[0])
+        specs = [_spec(to_numpy(leaf)) for leaf in flatten(batch)]
+        return {**told, "batches": _length(data), "batch": [describe(batch), specs]}
+    return {**told, "batches": _length(data)}
+
+
+def of_fit_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells further arguments of `Model.fit` from others; None is as if it were not given.
+
+    Args:
+        arguments: mapping of names to values.
+
+    Returns:
+        dict, JSON.
+    """
+    return {name: _argument(value) for name, value in arguments.items() if value is not None}
+
+
+def check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
+    """Raise if the folder holds a search that was asked something else; else write what is asked.
+
+    Args:
+        folder: path of the search's folder.
+        asked: dict, JSON.
+        overwrite: bool, whether to begin anew whatever is there.
+
+    Raises:
+        ValueError: it holds another search.
+    """
+    path = folder / _ASKED
+    for name in (path.name, TRIALS, TRIAL_EPOCHS, BEST_MODEL):
+        files.remove_leftovers(folder / name)
+    if not overwrite and (folder / PROJECT / "oracle.json").exists():
+        then = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        different = list(_differences(then, json.loads(json.dumps(asked))))
+        if different:
+            raise ValueError(
+                f"Expected the search that {str(folder)!r} holds. Received: another "
+                f"{' and another '.join(different)}. Call it with the same arguments to go on, "
+                "pass overwrite=True to begin anew, or choose another directory."
+            )
+        return
+    if not is_worker():
+        folder.mkdir(parents=True, exist_ok=True)
+        # The first thing to go, so that no search is ever taken for another.
+        (folder / PROJECT / "oracle.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / PROJECT, ignore_errors=True)
+        files.write_json(path, asked)
+
+
+def is_tf_dataset(data: Any) -> bool:
+    """Whether `data` are a `tf.data.Dataset`, without importing TensorFlow."""
+    tensorflow = sys.modules.get("tensorflow")  # whoever has such data has imported it
+    return tensorflow is not None and isinstance(data, tensorflow.data.Dataset)
+
+
+def _differences(then: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in asked.items():
+        before = then.get(name)
+        if name == "fit":
+            before = before or {}
+            yield from (
+                each for each in sorted({*before, *value}) if before.get(each) != value.get(each)
+            )
+        elif _comparable(before) != _comparable(value):
+            yield _NAMES.get(name, name)
+
+
+def _comparable(told: Any) -> Any:
+    """Without what a worker cannot compare: a fingerprint is of paths and times of files, too,
+    which differ from machine to machine."""
+    if isinstance(told, list):
+        return [_comparable(each) for each in told]
+    if isinstance(told, dict) and is_worker():
+        return {name: each for name, each in told.items() if name != _FINGERPRINT}
+    return told
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):  # class_weight
+        return {str(name): _argument(each) for name, each in value.items()}
+    return of_data(value)
+
+
+def _spec(array: np.ndarray) -> list[Any]:
+    return [list(array.shape), digests.kind_of(array)]
+
+
+def _length(data: Any) -> int | None:
+    if isinstance(data, keras.utils.PyDataset):
+        try:
+            count = data.num_batches
+        except NotImplementedError:
+            return None
+        return None if count is None else int(count)
+    try:
+        return len(data)
+    except TypeError:  # a generator
+        return None
