@@ -81,6 +81,10 @@ class Backbones:
         """The names of those that are known to give vectors, which need no pooling."""
         return [name for name, maker in self._makers.items() if not maker.gives_maps]
 
+    def sizes(self) -> dict[str, Shape]:
+        """Height and width that each takes of which they are known before it is made, None for any."""
+        return {name: maker.size for name, maker in self._makers.items() if maker.size is not None}
+
     def take(
         self, name: str, input_shape: Shape | None, *, batch_norm: Any, pooling: str, hp: Any
     ) -> Taken:
@@ -114,10 +118,8 @@ class Backbones:
         )
         kept.given_to = weakref.ref(backbone)
         self._pristine[backbone] = kept.pristine
-        shape = getattr(model, "input_shape", None)
-        known = tuple(shape[1:]) if isinstance(shape, tuple) else (None, None, 3)
         told = maker.like or made
-        return Taken(backbone, told.preprocessing if _is_known(told) else None, known)
+        return Taken(backbone, told.preprocessing if _is_known(told) else None, _input_shape(model))
 
     def pristine_of(self, backbone: Backbone) -> list[np.ndarray] | None:
         """The values of the variables of a backbone of `take`, as it came; None of another."""
@@ -162,6 +164,7 @@ class _Maker:
     is_hub = False
     asks_for_hp = False
     gives_maps = True
+    size: Shape | None = None  # height and width that it takes, where they are known by now
     like: Backbone | None = None  # what else knows what images it takes
 
     def __init__(self, name: str, make: Callable[..., Backbone]) -> None:
@@ -229,6 +232,7 @@ def _of_model(name: str, given: keras.Layer) -> _Maker:
 
     maker = _Maker(name, make)
     maker.is_own = True
+    maker.size = size_of(_input_shape(model))
     maker.like = given if isinstance(given, Backbone) else None
     maker.gives_maps = not more.get("pooling") and _gives_maps(model, None)
     return maker
@@ -300,6 +304,11 @@ def image_shape(channels: int, height: int | None, width: int | None = None) -> 
     if keras.config.image_data_format() == "channels_first":
         return (channels, *size)
     return (*size, channels)
+
+
+def _input_shape(model: keras.Layer) -> Shape:
+    shape = getattr(model, "input_shape", None)
+    return tuple(shape[1:]) if isinstance(shape, tuple) else image_shape(3, None)
 
 
 def _fixed_size(input_shape: Shape | None) -> Any:

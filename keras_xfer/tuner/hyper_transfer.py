@@ -21,6 +21,7 @@ from keras_xfer.layers import Backbone, BackbonePreprocessing
 from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
 from keras_xfer.stages import Stage
 from keras_xfer.tuner.backbones import Backbones, Shape, Taken, channels_of, image_shape, size_of
+from keras_xfer.tuner.checks import check_image_size
 from keras_xfer.tuner.space import TUNED, SearchSpace
 from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint, local_oracle
 
@@ -174,6 +175,11 @@ class HyperTransfer(keras_tuner.HyperModel):
         tune = _without_idle(tune, head=head, loss=loss, task=task)
         self._space = SearchSpace(self._backbones.names, max_stages, tune, space)
         self._space.without_maps(self._backbones.without_maps())
+        sizes = self._backbones.sizes()
+        for backbone in self._space.possible("backbone"):
+            for image_size in self._space.possible("image_size"):
+                if backbone in sizes and image_size is not None:
+                    check_image_size(backbone, sizes[backbone], image_size)
 
     # --- KerasTuner's three methods ----------------------------------------------------------
 
@@ -341,6 +347,8 @@ class HyperTransfer(keras_tuner.HyperModel):
             pooling=values["pooling"],
             hp=hp,
         )
+        if size is not None:
+            check_image_size(values["backbone"], size_of(taken.input_shape), size)
         inputs = keras.Input(shape, name="images")
         x = inputs
         if values["augment"]:
@@ -351,7 +359,7 @@ class HyperTransfer(keras_tuner.HyperModel):
                 rotation=0.05 * strength,
                 flip=self.flip,
             )(x)
-        for layer in _preprocessing(taken, shape):
+        for layer in _preprocessing(taken, shape, size):
             x = layer(x)
         features = taken.backbone(x)
         outputs = self._head(hp, values, features) if self.head is None else self.head(hp, features)
@@ -533,9 +541,11 @@ def _can_thaw(backbone: Backbone) -> bool:
     return not getattr(backbone.model, "why_not_trainable", None)
 
 
-def _preprocessing(taken: Taken, shape: Shape) -> list[keras.layers.Layer]:
+def _preprocessing(taken: Taken, shape: Shape, image_size: int | None) -> list[keras.layers.Layer]:
     """What brings images of `shape` to what the backbone takes."""
     size = size_of(taken.input_shape)
+    if image_size is not None:  # the backbone's own, or it takes any
+        size = (image_size, image_size)
     is_right = size == size_of(shape) or None in size
     resize: dict[str, Any] = {} if is_right else {"image_size": size}
     if taken.preprocessing is not None:

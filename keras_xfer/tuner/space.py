@@ -126,13 +126,16 @@ class SearchSpace:
                 f"Expected at most max_stages={max_stages} stages. Received: "
                 f"space={{'stages': {told['stages']!r}}}."
             )
-        backbone = self.parameters["backbone"]
-        chosen = backbone.choices if "backbone" in self.searched else (backbone.default,)
-        _check_backbone(chosen, backbones)
+        _check_backbone(self.possible("backbone"), backbones)
 
     def without_maps(self, backbones: Iterable[str]) -> None:
         """Say which backbones give no feature maps, so that there is nothing to pool."""
         self._maps = [name for name in self._maps if name not in set(backbones)]
+
+    def possible(self, name: str) -> tuple[Any, ...]:
+        """The values that a hyperparameter with choices, or that is not searched, may have."""
+        parameter = self.parameters[name]
+        return tuple(parameter.choices) if name in self.searched else (parameter.default,)
 
     def values(self, hp: Any) -> dict[str, Any]:
         """Declare what is searched and return the value of every hyperparameter.

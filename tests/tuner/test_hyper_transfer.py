@@ -88,6 +88,36 @@ def test_image_size_is_searched():
         assert model.get_layer("backbone").model.input_shape == (None, size, size, 3)
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 3), (None, None, 3)])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_image_size_of_a_backbone_that_takes_any(shape, is_own):
+    images = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
+    own = tiny(shape=(None, None, 3))
+    made = hypermodel(
+        backbones=[own] if is_own else [lambda: tiny(shape=(None, None, 3))],
+        input_shape=shape,
+        space={**FIXED, "image_size": [16, 32]},
+    )
+    for size in (32, 16):
+        resized = keras.layers.Resizing(size, size)(images)
+        expected = keras.ops.convert_to_numpy(own(resized)).mean(axis=(1, 2))
+        got = features(made.build(drawn(image_size=size)), images)
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_size", [16, [8, 16]])
+def test_image_size_of_a_backbone_that_takes_another(image_size):
+    message = "backbone 'tiny', which takes images of 8 x 8 pixels"
+    space = {**FIXED, "image_size": image_size}
+    with pytest.raises(ValueError, match=message):
+        hypermodel(space=space)
+    hypermodel(space={**FIXED, "image_size": 8})
+    # Of a function it is known once it has been called.
+    made = hypermodel(backbones=[tiny], space=space)
+    with pytest.raises(ValueError, match=message):
+        made.build(drawn(image_size=16))
+
+
 def test_grey_images_of_a_backbone_that_takes_colour():
     images = np.random.default_rng(0).uniform(0, 255, (2, 8, 8, 1)).astype("float32")
     expected = keras.ops.convert_to_numpy(tiny()(np.repeat(images, 3, axis=-1)))
