@@ -74,6 +74,9 @@ def of_fit_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
     """Raise if the folder holds a search that was asked something else; else write what is asked.
 
+    A search that is over, and of which every trial failed, is removed: what made them fail may be
+    mended.
+
     Args:
         folder: path of the search's folder.
         asked: dict, JSON.
@@ -94,7 +97,8 @@ def check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
                 f"{' and another '.join(different)}. Call it with the same arguments to go on, "
                 "pass overwrite=True to begin anew, or choose another directory."
             )
-        return
+        if is_worker() or not _has_failed(folder / PROJECT, asked):
+            return
     if not is_worker():
         folder.mkdir(parents=True, exist_ok=True)
         # The first thing to go, so that no search is ever taken for another.
@@ -107,6 +111,19 @@ def is_tf_dataset(data: Any) -> bool:
     """Whether `data` are a `tf.data.Dataset`, without importing TensorFlow."""
     tensorflow = sys.modules.get("tensorflow")  # whoever has such data has imported it
     return tensorflow is not None and isinstance(data, tensorflow.data.Dataset)
+
+
+def _has_failed(project: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether each candidate of a search was tried, and failed."""
+    state = json.loads((project / "oracle.json").read_text("utf-8"))
+    begun = [each["id"] for each in state.get("begun", [[]])[0]]
+    if not begun or not (state["exhausted"] or len(begun) == asked["rounds"][0][0]):
+        return False
+    trials = [project / f"trial_{each}" / "trial.json" for each in begun]
+    return all(
+        path.exists() and json.loads(path.read_text("utf-8"))["status"] == "FAILED"
+        for path in trials
+    )
 
 
 def _differences(then: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import keras
 import keras_tuner
 
 from keras_xfer.features import FeatureCache
-from keras_xfer.tuner import asked
+from keras_xfer.tuner import asked, checks
 from keras_xfer.tuner.durable import DurableOracle, DurableTuner, is_worker
 from keras_xfer.tuner.hyper_transfer import HyperTransfer
 from keras_xfer.tuner.progress import SearchProgress
@@ -48,7 +48,8 @@ def funnel_search(
     head as it was left.
 
     A search that was killed goes on when it is called again with the same arguments. A trial that
-    fails is recorded with its traceback, and the search goes on; Ctrl-C ends it with what there is.
+    fails is recorded with its traceback, and the search goes on; one in which all failed begins anew
+    when it is called again. Ctrl-C ends it with what there is.
     With KerasTuner's environment variables several processes, on one machine or many, share it.
 
     Args:
@@ -77,8 +78,8 @@ def funnel_search(
 
     Raises:
         TypeError: `hypermodel` is no `HyperTransfer`, or `epochs` is among the arguments.
-        ValueError: an argument is out of its range, or the folder holds a search that was asked
-            something else.
+        ValueError: an argument is out of its range, the labels or the objective are not those of
+            the hypermodel, or the folder holds a search that was asked something else.
         RuntimeError: no trial came to an end; the first error is named.
         KeyboardInterrupt: before any trial was over.
 
@@ -118,6 +119,9 @@ def funnel_search(
         factor=factor,
         seed=seed,
     )
+    callbacks = list(keras.tree.flatten(callbacks or []))
+    objectives = [each.name for each in getattr(oracle.objective, "objectives", [oracle.objective])]
+    checks.check_search(hypermodel, objectives, x, y, validation_data, callbacks, fit_kwargs)
     folder = Path(directory)
     own_features = folder / _FEATURES if hypermodel.cache is None else None
     with _cached(hypermodel, own_features):
@@ -143,7 +147,7 @@ def funnel_search(
                 x,
                 y,
                 validation_data=validation_data,
-                callbacks=list(keras.tree.flatten(callbacks or [])),
+                callbacks=callbacks,
                 verbose=0,
                 **fit_kwargs,
             )

@@ -21,7 +21,7 @@ from keras_xfer.layers import Backbone, BackbonePreprocessing
 from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
 from keras_xfer.stages import Stage
 from keras_xfer.tuner.backbones import Backbones, Shape, Taken, channels_of, image_shape, size_of
-from keras_xfer.tuner.checks import check_image_size
+from keras_xfer.tuner.checks import check_arrays, check_batch_size, check_image_size
 from keras_xfer.tuner.space import TUNED, SearchSpace
 from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint, local_oracle
 
@@ -232,9 +232,10 @@ class HyperTransfer(keras_tuner.HyperModel):
         named = dict(zip(_FIT_ARGUMENTS, args, strict=False))
         kwargs = {"epochs": 1, **named, **kwargs}
         values = self._space.values(hp)
-        self._check_data(kwargs)
+        check_arrays(self, kwargs.get("y"), kwargs.get("validation_data"))
+        check_batch_size(values["batch_size"] is not None, kwargs.get("x"))
         if values["batch_size"] is not None:
-            kwargs["batch_size"] = _batch_size(values["batch_size"], kwargs)
+            kwargs["batch_size"] = values["batch_size"]
         callbacks = list(keras.tree.flatten(kwargs.pop("callbacks", None) or []))
         trial = _trial(callbacks)
         schedule = StagedUnfreezing(
@@ -281,6 +282,10 @@ class HyperTransfer(keras_tuner.HyperModel):
         }
         plain: dict[str, Any] = json.loads(json.dumps(told, default=repr))
         return plain
+
+    def takes_batch_size(self) -> bool:
+        """Whether `batch_size` is searched, or fixed by `space`."""
+        return self._space.values(keras_tuner.HyperParameters())["batch_size"] is not None
 
     # --- The schedule ------------------------------------------------------------------------
 
@@ -458,23 +463,6 @@ class HyperTransfer(keras_tuner.HyperModel):
             )
         return kept
 
-    def _check_data(self, kwargs: Mapping[str, Any]) -> None:
-        """Tell what would fail in the first step by a message about shapes."""
-        labels = kwargs.get("y")
-        shape = getattr(labels, "shape", None)
-        if shape is None or self.task != "classification" or self.loss is not None:
-            return
-        one_hot = len(shape) == 2 and shape[1] == self.num_classes > 1
-        wants_one_hot = self.num_classes > 1 and self.label_mode == "categorical"
-        if one_hot != wants_one_hot:
-            kind = "one-hot labels" if one_hot else "integers"
-            mode = "categorical" if one_hot else "int"
-            raise ValueError(
-                f"Expected labels of label_mode={self.label_mode!r}. Received: y of shape "
-                f"{tuple(shape)}, which looks like {kind}: pass label_mode={mode!r} to "
-                "HyperTransfer."
-            )
-
 
 def _without_idle(tune: Sequence[str], *, head: Any, loss: Any, task: str) -> list[str]:
     """`tune` without what would change nothing; what `space` says is searched all the same, since
@@ -567,15 +555,6 @@ def _all_epochs(hp: Any, trial: Any, kwargs: Mapping[str, Any]) -> int:
         if max_epochs is not None:
             return int(max_epochs)
     return int(kwargs.get("epochs", 1))
-
-
-def _batch_size(batch_size: int, kwargs: Mapping[str, Any]) -> int:
-    if kwargs.get("y") is None:
-        raise ValueError(
-            "Expected arrays, where batch_size is a hyperparameter. Received: data that come in "
-            f"batches, x={type(kwargs.get('x')).__name__}. Leave batch_size out of tune and space."
-        )
-    return batch_size
 
 
 @contextlib.contextmanager

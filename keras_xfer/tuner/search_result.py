@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_xfer import files
+from keras_xfer.reports.trials import reason
 from keras_xfer.tuner import records
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ def search_result(tuner: Any, folder: Path, *, interrupted: bool = False) -> Sea
         failed = table[table["status"] == "failed"]
         first = failed["error"].iloc[0].strip() if len(failed) else "there was no trial"
         raise RuntimeError(
-            f"Expected a trial to come to an end. Received: {len(failed)} that failed; see "
-            f"{folder / TRIALS}. The first error:\n{first}"
+            f"Expected a trial to come to an end. Received: {len(failed)} that failed, the first by "
+            f"{reason(first)}. Mend it and call again, which begins anew; {folder / TRIALS} holds all "
+            f"errors, the first of them:\n{first}"
         )
     model = tuner.load_model(best)
     with files.replacing(folder / BEST_MODEL) as temporary:

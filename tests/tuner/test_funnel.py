@@ -522,6 +522,28 @@ def test_all_trials_fail(tmp_path):
     assert table["status"].tolist() == ["failed", "failed"]
 
 
+def test_what_made_all_trials_fail_is_mended(tmp_path):
+    with pytest.raises(RuntimeError) as raised:
+        search(tmp_path, **QUICK, callbacks=[Raises(0)])
+    first, *rest = str(raised.value).splitlines()
+    assert "2 that failed, the first by RuntimeError: failed in epoch 0." in first
+    assert "call again, which begins anew" in first
+    assert rest[0].startswith("Traceback")
+    result = search(tmp_path, **QUICK)
+    assert set(result.trials["status"]) == {"completed"}
+    assert len(trial_files(tmp_path)) == 3
+
+
+def test_some_that_failed_are_not_tried_again(tmp_path):
+    made = chosen_head(good=keras.layers.Dropout(0.1), bad=fails)
+    search(tmp_path, hypermodel=made, **{**QUICK, "max_trials": 4})
+    watching = Watching()
+    made = chosen_head(good=keras.layers.Dropout(0.1), bad=keras.layers.Dropout(0.2))
+    again = search(tmp_path, hypermodel=made, **{**QUICK, "max_trials": 4}, callbacks=watching)
+    assert "failed" in set(again.trials["status"])
+    assert not watching.runs
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
 def test_a_loss_that_is_not_a_number(tmp_path):
     made = chosen_head(good=lambda each: each, bad=lambda each: each * float("nan"))
@@ -536,9 +558,10 @@ def test_a_loss_that_is_not_a_number(tmp_path):
 
 
 def test_an_objective_that_is_not_logged(tmp_path):
+    """Own callbacks may log it, so the trials tell."""
     objective = keras_tuner.Objective("val_auc", "max")
     with pytest.raises(RuntimeError, match="val_auc"):
-        search(tmp_path, **QUICK, objective=objective)
+        search(tmp_path, **QUICK, objective=objective, callbacks=[Raises(9)])
     table = pd.read_csv(tmp_path / "trials.csv")
     assert (table["seconds"] > 0).all()
 
@@ -597,9 +620,10 @@ def test_own_callbacks_see_every_trial_and_are_copied(tmp_path):
     assert own.count == 0
 
 
-def test_fit_arguments_reach_the_trials(tmp_path):
-    with pytest.raises(RuntimeError, match="no_such_argument"):
+def test_an_argument_that_fit_does_not_have(tmp_path):
+    with pytest.raises(TypeError, match="no_such_argument"):
         search(tmp_path, **QUICK, no_such_argument=1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["epochs", "initial_epoch"])
