@@ -75,6 +75,17 @@ def test_one_folder_a_split(tmp_path, validation):
     assert {name.split("/")[0] for name in names(tmp_path, found.validation)} == {validation}
 
 
+def test_all_splits_as_datasets(tmp_path):
+    fill(tmp_path, {"a": 10, "b": 10})
+    found = scan(tmp_path, validation_split=0.2)
+    train, validation, test = found.datasets(8, batch_size=4, seed=3)
+    assert (len(train.files), len(validation.files), test) == (16, 4, None)
+    assert train.order.tolist() == found.dataset("train", 8, shuffle=True, seed=3).order.tolist()
+    assert validation.order.tolist() == [0, 1, 2, 3]  # as they are listed
+    assert train[0][0].shape == (4, 8, 8, 3)
+    assert not found.datasets(8, shuffle=False)[0].shuffle
+
+
 def test_splits_have_other_names_too(tmp_path):
     fill(tmp_path / "Training", {"a": 5, "b": 5})
     fill(tmp_path / "testing", {"a": 2, "b": 2})

@@ -105,6 +105,38 @@ class ImageFolder:
             raise ValueError(f"Expected a split in {list(_SPLITS)}. Received: split={split!r}")
         return ImageDataset(getattr(self, split), image_size, root=self.folder, **kwargs)
 
+    def datasets(
+        self, image_size: int | tuple[int, int], **kwargs: Any
+    ) -> "tuple[ImageDataset, ImageDataset | None, ImageDataset | None]":
+        """Return all three splits as `ImageDataset`s, in a new order each epoch to train on.
+
+        Args:
+            image_size: Int or `(height, width)`, in pixels.
+            **kwargs: Further arguments of `ImageDataset`, such as `batch_size`; `shuffle` is of the
+                first alone.
+
+        Returns:
+            A tuple `(train, validation, test)`; `None` in the place of a split without images.
+
+        Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"):
+        ...     (folder / name).parent.mkdir(exist_ok=True)
+        ...     Image.new("RGB", (40, 30)).save(folder / name)
+        >>> train, validation, test = scan(folder).datasets(32)
+        >>> train.shuffle, len(validation.files), test
+        (True, 2, None)
+        """
+        train = self.dataset("train", image_size, **{"shuffle": True, **kwargs})
+        kwargs.pop("shuffle", None)
+        validation, test = (
+            self.dataset(split, image_size, **kwargs) if getattr(self, split) else None
+            for split in ("validation", "test")
+        )
+        return train, validation, test
+
 
 def scan(
     folder: str | os.PathLike[str],

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_xfer.reports.batches import to_numpy
+from keras_xfer.reports.batches import batches, count, to_numpy
 
 
 def thumbnail(path: Path, side: int) -> Image.Image | None:
@@ -31,17 +32,20 @@ def from_arrays(
     """Take the images of some rows out of arrays, no larger than `side` pixels.
 
     Args:
-        images: A mapping by `file`, or a sequence by number: that of the file where it is one, or
-            that of the row.
+        images: A mapping by `file`, or a sequence, or batches, by number: that of the file where it
+            is one, or that of the row.
         files: What the rows have in the column `file`.
         positions: Numbers of the rows.
         side: Int, in pixels.
     """
     arrays = []
-    for file, position in zip(files, positions, strict=True):
-        key: Any = file
-        if not isinstance(images, Mapping):
-            key = int(file) if file.isdecimal() else position
+    keys: list[Any] = list(files)
+    if not isinstance(images, Mapping):
+        pairs = zip(files, positions, strict=True)
+        keys = [int(file) if file.isdecimal() else position for file, position in pairs]
+    if _comes_in_batches(images):
+        images = _picked(images, set(keys))
+    for file, key in zip(files, keys, strict=True):
         try:
             array = to_numpy(images[key])
         except (KeyError, IndexError) as error:
@@ -70,6 +74,21 @@ def from_arrays(
         picture.thumbnail((side, side))
         pictures.append(picture)
     return pictures
+
+
+def _comes_in_batches(images: Any) -> bool:
+    return isinstance(images, keras.utils.PyDataset) or not hasattr(images, "__getitem__")
+
+
+def _picked(data: Any, rows: set[int]) -> dict[int, Any]:
+    """The images of some rows of data that come in batches, by number, in one pass."""
+    found: dict[int, Any] = {}
+    first = 0
+    for inputs, _ in batches(data):
+        last = first + count(inputs)
+        found |= {row: inputs[row - first] for row in rows if first <= row < last}
+        first = last
+    return found
 
 
 def _with_channels_last(array: np.ndarray) -> np.ndarray:

@@ -146,8 +146,9 @@ def plot_most_wrong(
         n: Int, the most images to show. Defaults to 9.
         root: Folder that `file` is relative to. `None`: the current one.
         images: Images that do not lie in files: an array or sequence that the predictions were made
-            of, in their order, or a dict by `file`. Each of one or three channels, uint8 or floats
-            in [0, 255] or in [0, 1].
+            of, in their order, or a dict by `file`, or batches such as a `tf.data.Dataset` in the
+            same order again. Each of one or three channels, uint8 or floats in [0, 255] or in
+            [0, 1].
 
     Returns:
         A `matplotlib.figure.Figure`. A file that is not there any more leaves its place grey.
