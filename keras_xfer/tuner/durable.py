@@ -9,6 +9,7 @@ The one module that touches what KerasTuner does not publish. Tried on keras-tun
 - `overwrite=True` in a worker deletes what all the others have done;
 - a trial that is run again is scored by what its earlier attempt told;
 - a grid search does not know how far it came;
+- a build that fails with the first values of the space ends the search before its first trial;
 - a worker whose oracle is waiting asks it again without a pause (Hyperband).
 https://github.com/keras-team/keras-tuner/issues/1055 is the one of these that is known there.
 """
@@ -284,6 +285,19 @@ class DurableTuner(keras_tuner.Tuner):
         if self._is_worker():
             self.oracle: Any = _Patient(self.oracle)
 
+    def _activate_all_conditions(self) -> None:
+        # Builds the hypermodel again and again to find what its builds declare, from the first
+        # values of the space on. One that fails is a trial's to record: what it declared until then,
+        # and what `declare_hyperparameters` did, is in the space. (keras-tuner 1.4.8)
+        hypermodel: Any = self.hypermodel
+        self.hypermodel: Any = _Exploring(hypermodel)
+        try:
+            super()._activate_all_conditions()
+        except _NothingNewError:
+            pass
+        finally:
+            self.hypermodel = hypermodel
+
     def save(self) -> None:
         """Write the state, atomically."""
         if not self._is_worker():
@@ -360,6 +374,29 @@ class DurableTuner(keras_tuner.Tuner):
         backbone = freezing.find_backbone(model, "backbone")
         trial_files.load_weights(model, backbone, Path(self.get_trial_dir(trial.trial_id)))
         return model
+
+
+class _Exploring:
+    """A hypermodel whose builds may fail, each with the same values once."""
+
+    def __init__(self, hypermodel: Any) -> None:
+        self._hypermodel = hypermodel
+        self._failed: list[dict[str, Any]] = []
+
+    def build(self, hp: Any) -> None:
+        try:
+            self._hypermodel.build(hp)
+        except keras_tuner.errors.FatalError:
+            raise
+        except Exception as error:
+            if hp.values in self._failed:
+                # KerasTuner tries on for a condition that this build never comes to.
+                raise _NothingNewError from error
+            self._failed.append(dict(hp.values))
+
+
+class _NothingNewError(Exception):
+    """There is no more to be found of a space."""
 
 
 def _nothing() -> None:

@@ -427,3 +427,45 @@ def test_a_worker_never_overwrites(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="overwrite=False in a worker.*chief alone"):
         tuner(tmp_path, overwrite=True)
     assert len(list((tmp_path / "search").glob("trial_*"))) == 3
+
+
+# --- A build that fails ----------------------------------------------------------------------
+
+
+class Fails(keras_tuner.HyperModel):
+    """A build that comes to its condition only where it fails before."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.builds = error, 0
+
+    def declare_hyperparameters(self, hp):
+        hp.Float("early", 0.0, 1.0)
+
+    def build(self, hp):
+        self.builds += 1
+        kind = hp.Choice("kind", ["plain", "broken"])
+        if kind == "broken":
+            hp.Int("late", 1, 3)
+            raise self.error
+        with hp.conditional_scope("kind", ["broken"]):
+            hp.Boolean("never")
+        return keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+
+
+def explored(folder, made):
+    oracle = durable(oracles.RandomSearchOracle)(objective="val_loss", max_trials=2)
+    DurableTuner(oracle, made, directory=folder)
+    return [each.name for each in oracle.get_space().space]
+
+
+def test_what_is_declared_where_a_build_fails(tmp_path):
+    made = Fails(ValueError("broken"))
+    assert explored(tmp_path, made) == ["early", "kind", "never", "late"]
+    assert made.builds < 9  # it does not wait for a condition that no build comes to
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), keras_tuner.errors.FatalValueError("x")])
+def test_what_ends_a_search_ends_it(tmp_path, error):
+    with pytest.raises(type(error)):
+        explored(tmp_path, Fails(error))

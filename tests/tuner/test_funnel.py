@@ -493,6 +493,32 @@ def test_a_head_that_fails_is_recorded_and_the_search_goes_on(tmp_path):
     assert len(result.plot_objective().axes) == 1
 
 
+def test_the_head_that_is_tried_first_fails(tmp_path):
+    made = chosen_head(bad=fails, good=keras.layers.Dropout(0.1))
+    result = search(tmp_path, hypermodel=made, **{**QUICK, "max_trials": 5})
+    table = result.trials
+    assert set(table.loc[table["hp.kind"] == "bad", "status"]) == {"failed"}
+    assert set(table.loc[table["hp.kind"] == "good", "status"]) == {"completed"}
+
+
+def broken(input_shape):
+    raise OSError("no weights")
+
+
+def test_the_backbone_that_is_tried_first_fails(tmp_path):
+    made = hypermodels.hypermodel(
+        backbones={"broken": broken, "tiny": hypermodels.tiny()},
+        space={**SPACE, "backbone": ["broken", "tiny"], "stages": [1, 2]},
+    )
+    result = search(tmp_path / "one", hypermodel=made, **{**QUICK, "max_trials": 5})
+    table = result.trials
+    assert set(table.loc[table["hp.backbone"] == "broken", "status"]) == {"failed"}
+    assert set(table.loc[table["hp.backbone"] == "tiny", "status"]) == {"completed"}
+    made = hypermodels.hypermodel(backbones={"broken": broken}, space=SPACE)
+    with pytest.raises(RuntimeError, match="2 that failed, the first by OSError: no weights"):
+        search(tmp_path / "all", hypermodel=made, **QUICK)
+
+
 class Raises(keras.callbacks.Callback):
     """Fails in an epoch of each trial."""
 
