@@ -9,6 +9,43 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Which numbers a hyperparameter may be.
+
+    Args:
+        low: number, the least of them.
+        high: number, the greatest.
+        without: the ends that are themselves none of them.
+        whole: bool, whether they are whole numbers.
+
+    Example:
+
+    >>> 1.0 in Numbers(0, 1, without=(0,)), str(Numbers(0, 1, without=(0,)))
+    (True, 'a number in (0, 1]')
+    """
+
+    low: float
+    high: float = math.inf
+    _: dataclasses.KW_ONLY
+    without: Sequence[float] = (math.inf,)
+    whole: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, numbers.Real) or value in self.without:
+            return False
+        number = float(value)
+        return self.low <= number <= self.high and not (self.whole and number % 1)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.high == math.inf:
+            return f"{kind} {'above' if self.low in self.without else 'of at least'} {self.low}"
+        begin = "(" if self.low in self.without else "["
+        end = ")" if self.high in self.without else "]"
+        return f"{kind} in {begin}{self.low}, {self.high}{end}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Parameter:
     """A hyperparameter, and the values that are searched where nothing else is said.
 
@@ -22,6 +59,7 @@ class Parameter:
         choices: the values of a choice, in order.
         of: `"stages"` where it acts once the backbone thaws, `"head_layers"` where the head has
             hidden layers, `"maps"` where the backbone gives feature maps, None always.
+        legal: `Numbers`, what `space` may give it; None: whatever.
     """
 
     name: str
@@ -33,27 +71,37 @@ class Parameter:
     log: bool = False
     choices: Sequence[Any] = ()
     of: str | None = None
+    legal: Numbers | None = None
 
+
+_SHARE = Numbers(0.0, 1.0)
+_POSITIVE = Numbers(0.0, without=(0.0, math.inf))
+_COUNT = Numbers(1, whole=True)
+_COUNT_OR_NONE = Numbers(0, whole=True)
+_BELOW_ONE = Numbers(0.0, 1.0, without=(1.0,))
+_ABOVE_ZERO = Numbers(0.0, 1.0, without=(0.0,))
 
 PARAMETERS = (
     Parameter("backbone"),
-    Parameter("image_size"),
-    Parameter("augment", 0.0, low=0.0, high=1.0, step=0.25),
+    Parameter("image_size", legal=_COUNT),
+    Parameter("augment", 0.0, low=0.0, high=1.0, step=0.25, legal=_SHARE),
     Parameter("pooling", "avg", choices=("avg", "max"), of="maps"),
-    Parameter("head_layers", 0, low=0, high=2, step=1),
-    Parameter("head_units", 256, low=64, high=512, step=64, of="head_layers"),
-    Parameter("dropout", 0.2, low=0.0, high=0.5, step=0.1),
-    Parameter("label_smoothing", 0.0, low=0.0, high=0.2, step=0.05),
+    Parameter("head_layers", 0, low=0, high=2, step=1, legal=_COUNT_OR_NONE),
+    Parameter("head_units", 256, low=64, high=512, step=64, of="head_layers", legal=_COUNT),
+    Parameter("dropout", 0.2, low=0.0, high=0.5, step=0.1, legal=_BELOW_ONE),
+    Parameter("label_smoothing", 0.0, low=0.0, high=0.2, step=0.05, legal=_BELOW_ONE),
     Parameter("optimizer", "adam", choices=("adam", "adamw", "rmsprop", "sgd")),
-    Parameter("learning_rate", 1e-3, low=1e-4, high=1e-2, log=True),
-    Parameter("weight_decay", None, low=1e-6, high=1e-2, log=True),
-    Parameter("batch_size", None, choices=(16, 32, 64)),
-    Parameter("warmup_epochs", 0, low=0, high=2, step=1),
-    Parameter("stages", None, low=1, step=1),
-    Parameter("head_epochs", None, low=2, high=10, step=1, of="stages"),
-    Parameter("unfreeze", 0.25, choices=(0.1, 0.25, 0.5, 1.0), of="stages"),
-    Parameter("backbone_learning_rate", None, low=1e-5, high=1e-3, log=True, of="stages"),
-    Parameter("layer_decay", 1.0, low=0.7, high=1.0, step=0.05, of="stages"),
+    Parameter("learning_rate", 1e-3, low=1e-4, high=1e-2, log=True, legal=_POSITIVE),
+    Parameter("weight_decay", None, low=1e-6, high=1e-2, log=True, legal=Numbers(0.0)),
+    Parameter("batch_size", None, choices=(16, 32, 64), legal=_COUNT),
+    Parameter("warmup_epochs", 0, low=0, high=2, step=1, legal=_COUNT_OR_NONE),
+    Parameter("stages", None, low=1, step=1, legal=_COUNT),
+    Parameter("head_epochs", None, low=2, high=10, step=1, of="stages", legal=_COUNT),
+    Parameter("unfreeze", 0.25, choices=(0.1, 0.25, 0.5, 1.0), of="stages", legal=_ABOVE_ZERO),
+    Parameter(
+        "backbone_learning_rate", None, low=1e-5, high=1e-3, log=True, of="stages", legal=_POSITIVE
+    ),
+    Parameter("layer_decay", 1.0, low=0.7, high=1.0, step=0.05, of="stages", legal=_ABOVE_ZERO),
     Parameter("batch_norm", "frozen", choices=("frozen", "affine", "train"), of="stages"),
 )
 NAMES = tuple(parameter.name for parameter in PARAMETERS)
@@ -83,7 +131,8 @@ class SearchSpace:
 
     Raises:
         TypeError: a value of `space` is of another kind.
-        ValueError: there is no such hyperparameter (the nearest is named), or a range is empty.
+        ValueError: there is no such hyperparameter (the nearest is named), a range is empty, or a
+            value is none that the hyperparameter may have.
     """
 
     def __init__(
@@ -108,6 +157,7 @@ class SearchSpace:
             is_searched = each.name in tune
             if each.name in told:
                 parameter, is_searched = _told(parameter, told[each.name])
+                _check_legal(parameter, told[each.name])
             elif is_searched and not parameter.choices and parameter.low is None:
                 raise ValueError(
                     f"Expected what {each.name} may be, which has no usual values. Received: "
@@ -267,6 +317,17 @@ def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:
             f"Received: space={{{name!r}: {value!r}}}."
         )
     return dataclasses.replace(parameter, default=value), False
+
+
+def _check_legal(parameter: Parameter, value: Any) -> None:
+    legal, name = parameter.legal, parameter.name
+    for each in value if isinstance(value, list | tuple) else (value,):
+        # Names of layers and indices are for the backbone to judge.
+        is_other = name == "unfreeze" and not isinstance(each, float)
+        if legal is not None and each is not None and not is_other and each not in legal:
+            raise ValueError(
+                f"Expected {name} to be {legal}. Received: space={{{name!r}: {value!r}}}."
+            )
 
 
 def _kind(value: Any) -> type | None:

@@ -1,5 +1,7 @@
 """What is searched, over which values, and when: told by KerasTuner's own HyperParameters."""
 
+import re
+
 import keras_tuner
 import pytest
 
@@ -100,11 +102,13 @@ def test_a_range_is_narrowed():
     assert (rate.min_value, rate.max_value, rate.sampling) == (1.0, 2.0, "log")
 
 
-@pytest.mark.parametrize("name", ["dropout", "learning_rate", "head_layers"])
-def test_a_range_of_one_value_fixes_it(name):
-    of = space({name: (1, 1)})
+@pytest.mark.parametrize(
+    ("name", "value"), [("dropout", 0.6), ("learning_rate", 1), ("head_layers", 1)]
+)
+def test_a_range_of_one_value_fixes_it(name, value):
+    of = space({name: (value, value)})
     assert declared(of) == {}
-    assert of.values(keras_tuner.HyperParameters())[name] == 1
+    assert of.values(keras_tuner.HyperParameters())[name] == value
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,55 @@ def test_a_wrong_name_is_told_the_nearest(where):
 def test_values_that_cannot_be(told, error, message):
     with pytest.raises(error, match=message):
         space(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("unfreeze", 1.7, "a number in (0.0, 1.0]"),
+        ("unfreeze", [0.5, 0.0], "a number in (0.0, 1.0]"),
+        ("image_size", 0, "a whole number of at least 1"),
+        ("image_size", [96.5, 128.0], "a whole number of at least 1"),
+        ("head_epochs", 0, "a whole number of at least 1"),
+        ("weight_decay", -1, "a number of at least 0.0"),
+        ("augment", 3.0, "a number in [0.0, 1.0]"),
+        ("dropout", (0.0, 2.0), "a number in [0.0, 1.0)"),
+        ("dropout", 1.0, "a number in [0.0, 1.0)"),
+        ("dropout", float("nan"), "a number in [0.0, 1.0)"),
+        ("dropout", "much", "a number in [0.0, 1.0)"),
+        ("label_smoothing", 1.0, "a number in [0.0, 1.0)"),
+        ("stages", 0, "a whole number of at least 1"),
+        ("head_layers", -1, "a whole number of at least 0"),
+        ("head_units", 0, "a whole number of at least 1"),
+        ("learning_rate", -1, "a number above 0.0"),
+        ("learning_rate", float("inf"), "a number above 0.0"),
+        ("backbone_learning_rate", 0, "a number above 0.0"),
+        ("layer_decay", 0, "a number in (0.0, 1.0]"),
+        ("warmup_epochs", -1, "a whole number of at least 0"),
+        ("batch_size", [0, 16], "a whole number of at least 1"),
+    ],
+)
+def test_numbers_that_cannot_be(name, value, expected):
+    with pytest.raises(ValueError, match=re.escape(f"Expected {name} to be {expected}. Received")):
+        space({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("unfreeze", ["all", -20, 1.0, 0.01]),
+        ("weight_decay", [0, None]),
+        ("augment", [0, 1]),
+        ("dropout", [0, 0.99]),
+        ("layer_decay", [1, 0.01]),
+        ("warmup_epochs", [0]),
+        ("learning_rate", [1e-9, 10]),
+        ("stages", [1, 2]),
+    ],
+)
+def test_numbers_at_the_end_of_what_can_be(name, values):
+    for value in values:
+        assert space({name: value}).values(keras_tuner.HyperParameters())[name] == value
 
 
 def test_what_has_no_usual_values_asks_for_some():
