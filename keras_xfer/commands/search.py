@@ -137,7 +137,14 @@ class Search:
                     interrupted = True
                 if team is not None or interrupted:
                     tuner = self._tuner(len(folder.class_names))
-                metrics = self._write(tuner, folder, interrupted=interrupted)
+                try:
+                    metrics = self._write(tuner, folder, interrupted=interrupted)
+                except KeyboardInterrupt as interrupt:
+                    if interrupt.args:  # it says what is kept
+                        raise
+                    raise KeyboardInterrupt(
+                        "Interrupted while the result was written; --resume writes it"
+                    ) from None
         job.show_result(metrics, run, screen)
         return metrics
 
@@ -374,9 +381,10 @@ class Search:
             hyperparameters=values,
         )
         if interrupted:
+            ended = int((trials["status"] != "interrupted").sum())
             raise KeyboardInterrupt(
                 f"Interrupted. {str(run.path)!r} keeps the best model so far, of "
-                f"{counted(len(trials), 'candidate')}; --resume goes on from there"
+                f"{counted(ended, 'candidate')}; --resume goes on from there"
             )
         return metrics
 

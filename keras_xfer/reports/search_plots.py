@@ -85,9 +85,9 @@ def plot_parallel_coordinates(trials: "pd.DataFrame | str | os.PathLike[str]") -
     require_completed(table)
     if not hyperparameters(table):
         raise ValueError(
-            "Expected a column named hp.<name> for each hyperparameter, such as "
-            f"'hp.learning_rate'. Received: columns={list(table)}. Give the trials.csv that the "
-            "search wrote."
+            "Expected trials with a column named hp.<name> for each hyperparameter, such as "
+            f"'hp.learning_rate'. Received: columns={list(table)}. In this search nothing was "
+            "searched, so that there is nothing to draw but plot_objective."
         )
     best_last = ranked(table)[::-1]
     scores = best_last["score"].to_numpy(dtype=float)

@@ -159,6 +159,11 @@ def funnel_search(
             return None
         try:
             return search_result(tuner, folder, interrupted=interrupted)
+        except KeyboardInterrupt as interrupt:
+            if interrupt.args:  # there is nothing to write
+                raise
+            # Once more, since it takes seconds; what is written replaces what was, whole.
+            return search_result(tuner, folder, interrupted=True)
         finally:
             if own_features is not None and not interrupted:
                 shutil.rmtree(own_features, ignore_errors=True)

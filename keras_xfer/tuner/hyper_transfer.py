@@ -93,7 +93,8 @@ class HyperTransfer(keras_tuner.HyperModel):
         metrics: list, in place of the usual metrics, as of `Model.compile`.
         flip: bool, whether augmentation may mirror images. Defaults to `True`.
         views: int, with `cache` and augmentation: how many augmented passes of each image are kept,
-            see `keras_xfer.fit_staged`. Defaults to 1: what is augmented is not cached.
+            see `keras_xfer.fit_staged`. More than 1 needs a `cache` (`funnel_search` has its own).
+            Defaults to 1: what is augmented is not cached.
         dtype_policy: str, such as `"mixed_float16"`; None: the one in force now. (KerasTuner resets
             it before each trial.)
 
@@ -221,8 +222,8 @@ class HyperTransfer(keras_tuner.HyperModel):
             keras.callbacks.History of all stages.
 
         Raises:
-            ValueError: `batch_size` is searched and the data come in batches, or the labels are
-                not what the model was told.
+            ValueError: `batch_size` is searched and the data come in batches, the labels are not
+                what the model was told, or there are `views` without a `cache`.
         """
         if len(args) > len(_FIT_ARGUMENTS):
             raise TypeError(
@@ -234,6 +235,11 @@ class HyperTransfer(keras_tuner.HyperModel):
         values = self._space.values(hp)
         check_arrays(self, kwargs.get("y"), kwargs.get("validation_data"))
         check_batch_size(values["batch_size"] is not None, kwargs.get("x"))
+        if self.views > 1 and self.cache is None:
+            raise ValueError(
+                "Expected a cache, which keeps the views. Received: cache=None, "
+                f"views={self.views}. Give HyperTransfer cache=, or leave out views."
+            )
         if values["batch_size"] is not None:
             kwargs["batch_size"] = values["batch_size"]
         callbacks = list(keras.tree.flatten(kwargs.pop("callbacks", None) or []))

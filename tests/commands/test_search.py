@@ -118,7 +118,7 @@ def test_an_interrupted_search_keeps_the_best_and_goes_on(
     shown = capfd.readouterr()
     assert "Trial 1 of 3, head: val_accuracy" in shown.out
     (said,) = shown.err.splitlines()
-    assert "keeps the best model so far" in said
+    assert "keeps the best model so far, of 1 candidate;" in said
     assert "--resume" in said
     assert names(run) == UNFINISHED
     assert [row["status"] for row in read(run / "trials.csv")] == ["completed", "interrupted"]
@@ -151,6 +151,16 @@ def test_an_unfinished_search_is_discarded_without_resume(line, tmp_path, capfd,
         assert main([*line, "--output", str(run)]) == 130
     assert "Discarded the unfinished run" in capfd.readouterr().out
     assert not (run / "search" / "mark").exists()
+
+
+def test_interrupted_while_the_result_is_written(line, tmp_path, capfd, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DurableTuner, "search", lambda *args, **kwargs: None)
+    monkeypatch.setattr(search, "write_tables", interrupt)
+    assert main([*line, "--output", str(tmp_path / "run")]) == 130
+    assert "while the result was written; --resume writes it" in capfd.readouterr().err
 
 
 def test_where_every_trial_fails_the_first_error_is_told(line, tmp_path, capfd, monkeypatch):
@@ -294,6 +304,9 @@ def test_the_best_trial_is_named_as_in_the_table(pictures, tmp_path, monkeypatch
     made._write(tuner, None, interrupted=False)
     assert told["best_trial"] == "0000"
     assert "Best     trial 0000" in capsys.readouterr().out
+    table = pd.DataFrame({"status": ["completed", "failed", "interrupted"], "seconds": [1.0] * 3})
+    with pytest.raises(KeyboardInterrupt, match="of 2 candidates;"):
+        made._write(tuner, None, interrupted=True)
 
 
 # Many processes

@@ -437,7 +437,7 @@ def test_tables_that_cannot_be_drawn(plot, tmp_path):
 
 
 def test_parallel_coordinates_without_hyperparameters():
-    with pytest.raises(ValueError, match=r"hp\.<name>.*Received: columns=\['trial'.*Give the"):
+    with pytest.raises(ValueError, match=r"hp\.<name>.*Received: columns=\['trial'.*nothing was"):
         plot_parallel_coordinates(search([0.5]))
     draw(plot_objective(search([0.5])))
 

@@ -275,11 +275,11 @@ def test_once_more_returns_at_once(whole, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"max_trials": 7}, "rounds"),
-        ({"finalists": 1}, "rounds"),
-        ({"head_epochs": 5}, "rounds"),
-        ({"fine_tune_epochs": 1}, "rounds"),
-        ({"factor": 4}, "rounds"),
+        ({"max_trials": 7}, "number of trials or epochs"),
+        ({"finalists": 1}, "number of trials or epochs"),
+        ({"head_epochs": 5}, "number of trials or epochs"),
+        ({"fine_tune_epochs": 1}, "number of trials or epochs"),
+        ({"factor": 4}, "number of trials or epochs"),
         ({"objective": "val_accuracy"}, "objective"),
         ({"objective": keras_tuner.Objective("val_loss", "max")}, "objective"),
         ({"seed": 4}, "seed"),
@@ -451,6 +451,22 @@ def test_interrupted_and_taken_up(whole, tmp_path, monkeypatch):
     same(last, whole[1])
     assert not last.interrupted
     assert counted.rows == 0  # the features were there all the time
+    assert not (tmp_path / "features").exists()
+
+
+def test_interrupted_while_the_best_model_is_written(tmp_path, monkeypatch):
+    save, interrupts = keras.Model.save, [KeyboardInterrupt]
+
+    def interrupted(model, filepath, *args, **kwargs):
+        if filepath.parent == tmp_path and interrupts:
+            raise interrupts.pop()
+        save(model, filepath, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "save", interrupted)
+    result = search(tmp_path, **QUICK)
+    assert result.interrupted
+    loss, _ = result.load_best_model().evaluate(*VALIDATION, verbose=0)
+    assert loss == pytest.approx(result.best_score, rel=1e-5)
     assert not (tmp_path / "features").exists()
 
 

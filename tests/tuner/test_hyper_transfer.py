@@ -577,6 +577,12 @@ def test_labels_of_another_kind(kwargs, labels, message):
         made.fit(hp, made.build(hp), data()[0], labels, epochs=1, verbose=0)
 
 
+def test_views_need_a_cache():
+    made, hp = hypermodel(views=2), keras_tuner.HyperParameters()
+    with pytest.raises(ValueError, match=r"Expected a cache.*cache=None, views=2.*cache="):
+        made.fit(hp, made.build(hp), *data(), verbose=0)
+
+
 # --- Weights never leak ----------------------------------------------------------------------
 
 
