@@ -27,6 +27,7 @@ def main(given: materials.Materials, output: Path) -> EpochTiming:
         backbones=["InceptionV3"],
         input_shape=(size, size, 3),
         weights=given.weights,
+        cache=output / "features",
         max_stages=1,
         tune=(),  # but for what has several values here:
         space={"dropout": [0.0, 0.2, 0.5], "head_layers": 1, "head_units": 512},
@@ -38,7 +39,7 @@ def main(given: materials.Materials, output: Path) -> EpochTiming:
 
     model = heads.build(best_values)
     stages = [Stage(epochs=epochs, learning_rate=1e-3), Stage("all", learning_rate=1e-5)]
-    timing, board = EpochTiming(), keras.callbacks.TensorBoard(output / "logs")
+    timing, board = EpochTiming(), keras.callbacks.TensorBoard(output / "logs", write_graph=False)
     best = BestCheckpoint(output / "best.keras", restore_best_weights=True, resume=False)
     callbacks = [timing, StagedUnfreezing(stages), best, board]
     model.fit(train, validation_data=validation, epochs=2 * epochs, callbacks=callbacks)

@@ -110,14 +110,31 @@ def pictures(kind):
         "channels first": np.moveaxis(images, -1, 1),
         "list": list(images.astype("uint8")),
         "tensor": keras.ops.convert_to_tensor(images / 255, dtype="float32"),
+        "batches": [(images[:2], [0, 0]), (images[2:], [0])].__iter__(),
+        "PyDataset": Batches(images),
     }[kind]
+
+
+class Batches(keras.utils.PyDataset):
+    """A batch of two images, and one of the third."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        batch = self.images[2 * index : 2 * index + 2]
+        return batch, np.zeros(len(batch), int)
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         "uint8", "float in [0, 255]", "float in [0, 1]", "grey", "one channel", "channels first",
-        "list", "tensor",
+        "list", "tensor", "batches", "PyDataset",
     ],
 )  # fmt: skip
 def test_most_wrong_shows_arrays(kind):
