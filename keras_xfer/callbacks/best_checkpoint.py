@@ -1,8 +1,12 @@
 """BestCheckpoint: the best model of a run in one file, over stages, `fit` calls, restarts and kills."""
 
+import contextlib
 import json
 import os
 import re
+import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -339,7 +343,8 @@ class BestCheckpoint(keras.callbacks.Callback):
         optimizer = getattr(self.model, "optimizer", None)
         self.model.optimizer = None
         try:
-            self.model.load_weights(self._path)
+            with _weights_file(self._path) as path:
+                self.model.load_weights(path)
         finally:
             self.model.optimizer = optimizer
         self._say(
@@ -349,6 +354,20 @@ class BestCheckpoint(keras.callbacks.Callback):
     def _say(self, message: str) -> None:
         if self.verbose > 0:
             print(f"\n{message}")  # noqa: T201 - as Keras's own callbacks do when asked to
+
+
+@contextlib.contextmanager
+def _weights_file(path: Path) -> Iterator[Path]:
+    """The file with the weights alone.
+
+    Keras 3.15.1 reads them inside of a `.keras` archive by small pieces, which took six times as
+    long as unpacking them first (5.6 s against 0.9 s for an InceptionV3).
+    """
+    if path.suffix != ".keras":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
+        yield Path(archive.extract("model.weights.h5", folder))
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
