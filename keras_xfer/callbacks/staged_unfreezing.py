@@ -301,6 +301,10 @@ class StagedUnfreezing(keras.callbacks.Callback):
         ]
         backbone = find_backbone(self.model, self.backbone)
         self._planned = planning.resolve(self.stages_for(self.model), backbone)
+        if getattr(self.model, "history", None) is not None:  # for plots: logs hold numbers alone
+            self.model.history.stage_names = [
+                place.stage.name or f"stage {place.index + 1}" for place in self._planned
+            ]
         if self._needs_monitor():
             self._monitor.begin(self.model)
         if self._model_seen() is not self.model:

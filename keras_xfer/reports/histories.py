@@ -47,21 +47,24 @@ def join(
         },
         index=range(sum(lengths)),
     )
-    return joined, _periods(tables, names, stage_names)
+    own = [stage_names or getattr(fit, "stage_names", None) for fit in fits]
+    return joined, _periods(tables, names, own)
 
 
 def _periods(
-    tables: Sequence["pd.DataFrame"], names: Sequence[str], stage_names: Sequence[str] | None
+    tables: Sequence["pd.DataFrame"],
+    names: Sequence[str],
+    stage_names: Sequence[Sequence[str] | None],
 ) -> list[Period]:
     stages = [_stages(table) for table in tables]
-    _check_names(stage_names, stages if any("stage" in table for table in tables) else [])
+    _check_names(stage_names, stages, is_staged=any("stage" in table for table in tables))
     periods = []
     begin = 0
-    for fit, (name, own) in enumerate(zip(names, stages, strict=True)):
+    for fit, (name, own, of_stages) in enumerate(zip(names, stages, stage_names, strict=True)):
         starts = [0, *(np.flatnonzero(np.diff(own)) + 1).tolist()] if len(own) else []
         for start, end in zip(starts, [*starts[1:], len(own)], strict=False):
             stage = int(own[start])
-            called = stage_names[stage] if stage_names is not None else f"stage {stage + 1}"
+            called = f"stage {stage + 1}" if of_stages is None else of_stages[stage]
             parts = (name,) if name else ()
             if "stage" in tables[fit] and (not name or len(starts) > 1):
                 parts = (*parts, str(called))
@@ -70,15 +73,16 @@ def _periods(
     return periods
 
 
-def _check_names(stage_names: Sequence[str] | None, stages: Sequence[np.ndarray]) -> None:
-    if stage_names is None:
-        return
-    needed = max((int(each.max()) + 1 for each in stages if len(each)), default=0)
-    if isinstance(stage_names, str) or len(stage_names) < needed or not stages:
-        raise ValueError(
-            f"Expected a name for each of the {needed} stages of the column 'stage'. Received: "
-            f"stage_names={stage_names!r}"
-        )
+def _check_names(
+    stage_names: Sequence[Sequence[str] | None], stages: Sequence[np.ndarray], *, is_staged: bool
+) -> None:
+    for names, own in zip(stage_names, stages, strict=True):
+        needed = int(own.max()) + 1 if len(own) else 0
+        if names is not None and (isinstance(names, str) or len(names) < needed or not is_staged):
+            raise ValueError(
+                f"Expected a name for each of the {needed} stages of the column 'stage'. Received: "
+                f"stage_names={names!r}"
+            )
 
 
 def _fits(history: Any) -> tuple[list[Any], list[str]]:

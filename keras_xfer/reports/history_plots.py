@@ -27,7 +27,8 @@ def plot_history(history: Any, *, stage_names: Sequence[str] | None = None) -> "
             epoch (`history.csv`). The stages come from its `stage` column, if there is one. Of
             several fits, such as a frozen one and a fine-tuning one: a list of these, or a dict
             that names them.
-        stage_names: Names of the stages in their order. `None`: "stage 1", "stage 2".
+        stage_names: Names of the stages in their order. `None`: those that the History of a
+            `StagedUnfreezing` has, or "stage 1", "stage 2".
 
     Returns:
         A `matplotlib.figure.Figure`. Epochs, fits and stages are counted from 1, epochs on from one

@@ -53,6 +53,19 @@ def test_a_line_stands_where_a_stage_begins():
         assert [text.get_text() for text in axes.texts] == ["stage 1", "stage 2"]
 
 
+def test_a_history_brings_the_names_of_its_stages():
+    base = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model = keras.Sequential([keras.Input((2,)), Backbone(base), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    stages = [Stage(epochs=1, name="frozen"), Stage("all", epochs=1, learning_rate=1e-3)]
+    x, y = np.zeros((4, 2)), np.zeros((4, 1))
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=[StagedUnfreezing(stages)])
+    assert names(plot_history(history).axes[0]) == ["frozen", "stage 2"]
+    plain = model.fit(x, y, epochs=1, verbose=0)  # a History of its own, which has no stages
+    assert names(plot_history([history, plain]).axes[0])[-1] == "fit 2"
+    assert names(plot_history(history, stage_names=["a", "b"]).axes[0]) == ["a", "b"]
+
+
 def test_history_takes_what_fit_returns_and_frames():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", metrics=["mae"])
