@@ -61,6 +61,7 @@ def _quiet(monkeypatch):
     keras.utils.enable_interactive_logging()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(each, marks=pytest.mark.slow) if each in LONG else each for each in INSTEAD],
