@@ -48,7 +48,7 @@ def main(given: materials.Materials, output: Path) -> str:
         inputs = keras.Input((size, size, 3))
         x = base(inputs, training=False)
         x = keras.layers.Dense(512, activation="relu")(x)
-        x = keras.layers.Dropout(hp.Choice("dropout", [0.0, 0.2, 0.5]))(x)
+        x = keras.layers.Dropout(hp.Choice("dropout", [0.2, 0.5]))(x)
         model = keras.Model(inputs, keras.layers.Dense(5, activation="softmax")(x))
         compile_model(model, 1e-3)
         return model
