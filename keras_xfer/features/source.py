@@ -213,7 +213,7 @@ def source_of(data: Any, *, batch_size: int | None = None, key: str | None = Non
         raise TypeError(f"Expected key to be a string that names the data. Received: key={key!r}.")
     if isinstance(data, keras.utils.PyDataset):
         return _of_py_dataset(data, key)
-    if _is_tf_dataset(data):
+    if is_tf_dataset(data):
         if int(data.cardinality()) == -1:  # tf.data.INFINITE_CARDINALITY
             raise _infinite("tf.data.Dataset.repeat()", "take them: data.take(n) batches")
         return _Batches(data.as_numpy_iterator, key)
@@ -333,7 +333,8 @@ def is_arrays(data: Any) -> bool:
     )
 
 
-def _is_tf_dataset(data: Any) -> bool:
+def is_tf_dataset(data: Any) -> bool:
+    """Whether `data` are a `tf.data.Dataset`, without importing TensorFlow."""
     tensorflow = sys.modules.get("tensorflow")  # whoever has such data has imported it
     return tensorflow is not None and isinstance(data, tensorflow.data.Dataset)
 

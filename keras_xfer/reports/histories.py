@@ -47,8 +47,13 @@ def join(
         },
         index=range(sum(lengths)),
     )
-    own = [stage_names or getattr(fit, "stage_names", None) for fit in fits]
-    return joined, _periods(tables, names, own)
+    of_stages = [stage_names] * len(fits)
+    if stage_names is None:  # a fit of no epochs has names, and no stages
+        pairs = zip(fits, tables, strict=True)
+        of_stages = [
+            getattr(fit, "stage_names", None) if "stage" in t else None for fit, t in pairs
+        ]
+    return joined, _periods(tables, names, of_stages)
 
 
 def _periods(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from keras_xfer import files
 from keras_xfer.features import digests
 from keras_xfer.features.nesting import describe, flatten
-from keras_xfer.features.source import as_tuple, is_arrays, to_numpy
+from keras_xfer.features.source import as_tuple, is_arrays, is_tf_dataset, to_numpy
 from keras_xfer.tuner.durable import is_worker
 from keras_xfer.tuner.search_result import BEST_MODEL, TRIAL_EPOCHS, TRIALS
 
@@ -105,12 +104,6 @@ def check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:
         (folder / PROJECT / "oracle.json").unlink(missing_ok=True)
         shutil.rmtree(folder / PROJECT, ignore_errors=True)
         files.write_json(path, asked)
-
-
-def is_tf_dataset(data: Any) -> bool:
-    """Whether `data` are a `tf.data.Dataset`, without importing TensorFlow."""
-    tensorflow = sys.modules.get("tensorflow")  # whoever has such data has imported it
-    return tensorflow is not None and isinstance(data, tensorflow.data.Dataset)
 
 
 def _has_failed(project: Path, asked: Mapping[str, Any]) -> bool:

@@ -7,9 +7,8 @@ import keras
 import numpy as np
 
 from keras_xfer.features.nesting import flatten
-from keras_xfer.features.source import as_tuple, is_arrays, leaves_of, to_numpy
+from keras_xfer.features.source import as_tuple, is_arrays, is_tf_dataset, leaves_of, to_numpy
 from keras_xfer.features.training_data import TrainingData
-from keras_xfer.tuner.asked import is_tf_dataset
 from keras_xfer.tuner.backbones import Shape
 
 if TYPE_CHECKING:

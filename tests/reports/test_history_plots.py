@@ -180,7 +180,7 @@ def test_stages_inside_fits():
 
 def test_stages_have_the_names_given():
     assert names(plot_history(STAGED, stage_names=["head", "all"]).axes[0]) == ["head", "all"]
-    for history, given in ((STAGED, ["head"]), (FROZEN, ["head"]), (STAGED, "ab")):
+    for history, given in ((STAGED, ["head"]), (FROZEN, ["head"]), (STAGED, "ab"), (STAGED, [])):
         with pytest.raises(ValueError, match="Received: stage_names="):
             plot_history(history, stage_names=given)
 

@@ -16,26 +16,13 @@ from keras_xfer.reports import (
     predictions_table,
     read_predictions,
 )
-
-NAMES = ["cat", "dog", "eel"]
+from tests.reports.frames import NAMES, frame
 
 
 def passthrough(size=3):
     """A model whose output is its input."""
     inputs = keras.Input((size,))
     return keras.Model(inputs, keras.layers.Activation("linear")(inputs))
-
-
-def frame(labels, answers, probability=0.9):
-    return pd.DataFrame(
-        {
-            "file": [f"{i}.png" for i in range(len(labels))],
-            "label": labels,
-            "prediction": answers,
-            "probability": probability,
-            "correct": [label == answer for label, answer in zip(labels, answers, strict=True)],
-        }
-    )
 
 
 @pytest.fixture

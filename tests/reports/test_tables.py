@@ -8,20 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import classification_report, confusion_matrix
 
 from keras_xfer.reports import classification_table, confusion_table, most_wrong
-
-NAMES = ["cat", "dog", "eel"]
-
-
-def frame(labels, answers, probability=0.9):
-    return pd.DataFrame(
-        {
-            "file": [f"{i}.png" for i in range(len(labels))],
-            "label": labels,
-            "prediction": answers,
-            "probability": probability,
-            "correct": [label == answer for label, answer in zip(labels, answers, strict=True)],
-        }
-    )
+from tests.reports.frames import NAMES, frame
 
 
 def test_no_images():
