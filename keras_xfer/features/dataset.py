@@ -98,7 +98,7 @@ class CachedFeatures(Ordered):
         rest = pack(manifest.rest, [column.take(rows) for column in columns.rest])
         return (features, *rest)
 
-    def as_tf_dataset(self, *, one_trace: bool = False) -> Any:
+    def as_tf_dataset(self, *, prefetch: bool = False) -> Any:
         """The same batches in the same order as a native `tf.data.Dataset`, which TensorFlow trains
         on faster.
 
@@ -107,9 +107,8 @@ class CachedFeatures(Ordered):
         look that `fit` takes at the first batch, does not.
 
         Args:
-            one_trace: bool, whether TensorFlow gathers the batches, which then leave their number
-                of rows open: `fit` traces a step once, also where the last batch is smaller, and
-                every pass begins some milliseconds later. For steps that take long to trace.
+            prefetch: bool, whether TensorFlow gathers batches while steps run; every pass then
+                begins some milliseconds later. For large features and steps that take long.
                 Defaults to `False`.
 
         Returns:
@@ -132,7 +131,7 @@ class CachedFeatures(Ordered):
         """
         from keras_xfer.features.tf_dataset import tf_dataset
 
-        return tf_dataset(self, self._entry.manifest, one_trace=one_trace)
+        return tf_dataset(self, self._entry.manifest, prefetch=prefetch)
 
     def arranged(
         self,

@@ -239,10 +239,8 @@ class _Run:
             fed, forward = self.data.plain(), self.model
         else:
             prefix, forward = boundary.halves
-            # The step of a head is soon traced. With several outputs Keras weighs the loss that it
-            # logs of each by the size of the batch, where that is fixed (TensorFlow).
-            one_trace = boundary.at != "head" or len(self.model.outputs) > 1
-            fed = self.data.cached(cache, prefix, one_trace=one_trace)
+            # The step of a head is soon done, and its features are small.
+            fed = self.data.cached(cache, prefix, prefetch=boundary.at != "head")
         with distribution_scope(self.model):
             stand_in = StandIn(self.model, forward)
         together.stage(stand_in, boundary.stage, self.data.steps())

@@ -6,6 +6,7 @@ it is part of another pipeline, TensorFlow asks Python for the order at the begi
 for each batch.
 """
 
+import collections
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _AHEAD = 8  # batches
 
 
-def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: bool) -> Any:
+def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, prefetch: bool) -> Any:
     """The batches of `features` in their order; see `CachedFeatures.as_tf_dataset`."""
     try:
         import tensorflow as tf
@@ -33,6 +34,57 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: boo
 
     def tensor(leaf: Any) -> Any:
         return None if leaf is None else tf.constant(leaf)
+
+    pipeline = _pipeline(features, manifest, tf)
+    parts = [f"part_{i}" for i in range(len(pipeline.element_spec))]
+
+    # A named tuple, which is a tuple to whatever takes structures apart, as no other subclass is.
+    class Batch(collections.namedtuple("Batch", parts)):  # type: ignore[misc]
+        """What a pass from Python gives; to a function of TensorFlow, of any number of rows."""
+
+        __slots__ = ()
+
+        def __tf_tracing_type__(self, _: Any) -> Any:
+            return batch_type
+
+    class BatchType(tf.types.experimental.TraceType):
+        """What a function of TensorFlow takes a `Batch` for, so that the last one, which may be
+        smaller, is not traced once more."""
+
+        def __init__(self, specs: Any) -> None:
+            self.specs = specs
+
+        def is_subtype_of(self, other: Any) -> bool:
+            return self == other
+
+        def most_specific_common_supertype(self, others: Any) -> Any:
+            return self if all(self == other for other in others) else None
+
+        def placeholder_value(self, placeholder_context: Any) -> Any:
+            return tf.nest.map_structure(
+                lambda spec: spec.placeholder_value(placeholder_context), self.specs
+            )
+
+        def to_tensors(self, value: Any) -> Any:
+            pairs = zip(tf.nest.flatten(self.specs), tf.nest.flatten(value), strict=True)
+            return [each for spec, leaf in pairs for each in spec.to_tensors(leaf)]
+
+        def from_tensors(self, tensors: Any) -> Any:
+            return tf.nest.map_structure(lambda spec: spec.from_tensors(tensors), self.specs)
+
+        def flatten(self) -> Any:
+            return [each for spec in tf.nest.flatten(self.specs) for each in spec.flatten()]
+
+        def cast(self, value: Any, cast_context: Any) -> Any:
+            return tf.nest.map_structure(
+                lambda spec, leaf: spec.cast(leaf, cast_context), self.specs, tuple(value)
+            )
+
+        def __eq__(self, other: object) -> bool:
+            return bool(self.specs == getattr(other, "specs", None))
+
+        def __hash__(self) -> int:
+            return hash(tuple(tf.nest.flatten(self.specs)))
 
     class Batches(tf.data.Dataset):
         """`dataset`, but for passes from Python."""
@@ -50,7 +102,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: boo
             return self._dataset.element_spec
 
         def __iter__(self) -> Iterator[Any]:
-            if tf.executing_eagerly() and not one_trace:
+            if tf.executing_eagerly() and not prefetch:
                 return Pass(self)
             return super().__iter__()
 
@@ -71,7 +123,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: boo
                 return self.native().get_next()
             if self._native is not None:
                 return next(self._native)
-            batch = tf.nest.map_structure(tensor, tuples(next(self._batches)))
+            batch = Batch(*tf.nest.map_structure(tensor, tuples(next(self._batches))))
             self._given += 1
             return batch
 
@@ -133,7 +185,8 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, one_trace: boo
         def __hash__(self) -> int:
             return hash(self.native)
 
-    return Batches(_pipeline(features, manifest, tf))
+    batch_type = BatchType(pipeline.element_spec)
+    return Batches(pipeline)
 
 
 def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_xfer.features import identity
+from keras_xfer.features import extraction, identity
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.live import Still
 from keras_xfer.features.nesting import describe, pack
@@ -126,11 +126,9 @@ class TrainingData:
             shuffle = False  # Keras would shuffle its batches once more
         return self._feeding(train, train, self.validation, shuffle=shuffle)
 
-    def cached(
-        self, cache: FeatureCache, prefix: keras.Model, *, one_trace: bool
-    ) -> dict[str, Any]:
+    def cached(self, cache: FeatureCache, prefix: keras.Model, *, prefetch: bool) -> dict[str, Any]:
         """Arguments of `fit` for what `prefix` makes of the data."""
-        with identity.unchanged(prefix):
+        with identity.unchanged(prefix), extraction.traced_once(prefix):
             train = cache.features(
                 prefix,
                 self._train,
@@ -154,9 +152,9 @@ class TrainingData:
                         else None,
                         verbose=self._verbose,
                     ),
-                    one_trace,
+                    prefetch,
                 )
-        return self._feeding(train, _readable(train, one_trace), validation, shuffle=False)
+        return self._feeding(train, _readable(train, prefetch), validation, shuffle=False)
 
     def _feeding(
         self, ordered: Any, train: Any, validation: Any, *, shuffle: bool
@@ -230,11 +228,11 @@ class _ArrayBatches(Ordered):
         return pack(self._structure, [leaf[rows] for leaf in self._leaves])
 
 
-def _readable(features: Any, one_trace: bool) -> Any:
+def _readable(features: Any, prefetch: bool) -> Any:
     """On TensorFlow native tf.data, which is faster."""
     if keras.backend.backend() != "tensorflow":
         return features
-    return features.as_tf_dataset(one_trace=one_trace)
+    return features.as_tf_dataset(prefetch=prefetch)
 
 
 def _validation_tuple(data: Any) -> Any:

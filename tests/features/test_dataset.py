@@ -201,3 +201,23 @@ def test_without_tensorflow_as_tf_dataset_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ImportError, match="needs tensorflow"):
         data.as_tf_dataset()
+
+
+def test_a_function_of_tensorflow_is_traced_once_for_batches_of_any_number_of_rows(tmp_path, tf):
+    data = served(tmp_path, batch_size=4)
+    traces = []
+
+    @tf.function(reduce_retracing=True)
+    def step(batch):
+        traces.append(batch[0].shape)
+        return tf.reduce_sum(batch[0]), batch[1]["row"]
+
+    for _ in range(2):
+        found = [step(batch) for batch in data.as_tf_dataset()]
+        sums = [float(batch[0].sum()) for batch in batches(data)]
+        assert [float(total) for total, _ in found] == sums
+        assert np.concatenate([row.numpy() for _, row in found]).tolist() == rows_of(data)
+    assert [shape.as_list() for shape in traces] == [[None, 4]]
+    plain = (tf.ones((3, 4)), {"row": tf.range(3), "weight": tf.ones(3)})
+    assert float(step(plain)[0]) == 12.0  # an ordinary tuple gets a trace of its own
+    assert len(traces) == 2

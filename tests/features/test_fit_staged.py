@@ -598,3 +598,23 @@ def test_a_model_must_be_compiled():
     model = keras.Sequential([keras.Input((6,)), backbone(), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="compile"):
         cached(model)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's traces")
+def test_features_are_traced_once_and_steps_for_batches_of_any_number_of_rows(
+    monkeypatch,
+):
+    traces = []
+    for name in ("train_step", "test_step", "predict_step"):
+        own = getattr(keras.Model, name)
+
+        def step(self, batch, own=own, name=name):
+            traces.append((name, keras.tree.flatten(batch)[0].shape[0]))
+            return own(self, batch)
+
+        monkeypatch.setattr(keras.Model, name, step)
+    epochs = [Stage(epochs=2, learning_rate=1e-2)]
+    cached(traced(), epochs, validation_data=data(), validation_batch_size=8)  # 30 rows by 8
+    # A step is traced once more where Adam's variables are made in it.
+    assert set(traces) == {("predict_step", 8), ("train_step", None), ("test_step", None)}
+    assert traces.count(("predict_step", 8)) == traces.count(("test_step", None)) == 1
