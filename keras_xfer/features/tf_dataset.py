@@ -35,7 +35,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, prefetch: bool
     def tensor(leaf: Any) -> Any:
         return None if leaf is None else tf.constant(leaf)
 
-    pipeline = _pipeline(features, manifest, tf)
+    pipeline = _pipeline(features, manifest, tf, prefetch=prefetch)
     parts = [f"part_{i}" for i in range(len(pipeline.element_spec))]
 
     # A named tuple, which is a tuple to whatever takes structures apart, as no other subclass is.
@@ -189,7 +189,7 @@ def tf_dataset(features: "CachedFeatures", manifest: Manifest, *, prefetch: bool
     return Batches(pipeline)
 
 
-def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
+def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any, *, prefetch: bool) -> Any:
     """The batches of `features`, asked of Python by TensorFlow."""
     rows, batch_size, batches = features.num_samples, features.batch_size, len(features)
     leaves = [*manifest.feature_leaves, *manifest.rest_leaves]
@@ -227,6 +227,8 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any) -> Any:
                 each.set_shape([None, *leaf.shape])
             return pack(structure, flat)
 
+        if not prefetch:  # whoever asks Python for a pass does without this
+            return tf.data.Dataset.range(batches).map(batch)
         ahead = tf.data.Dataset.range(batches - 1).map(
             batch, num_parallel_calls=2, deterministic=True
         )

@@ -118,13 +118,13 @@ def same(native, expected):
 
 
 @pytest.mark.usefixtures("where")
-@pytest.mark.parametrize("through", ["itself", "a pipeline"])
+@pytest.mark.parametrize("through", ["itself", "a pipeline", "ahead"])
 @pytest.mark.parametrize("views", [1, 2])
 def test_tf_data_gives_the_same_batches_in_three_epochs(tmp_path, tf, through, views):
     x = X if views == 1 else np.tile(X[..., None, None], (1, 1, 4, 1)).reshape(N, 4, 4, 1)
     data = served(tmp_path, views=views, x=x, batch_size=4, shuffle=True, seed=3)
     reference = data.arranged()
-    native = data.as_tf_dataset()
+    native = data.as_tf_dataset(prefetch=through == "ahead")
     if through == "a pipeline":
         native = native.map(lambda *batch: batch)
     for epoch in range(3):
@@ -134,10 +134,10 @@ def test_tf_data_gives_the_same_batches_in_three_epochs(tmp_path, tf, through, v
     assert data.epoch == 3
 
 
-@pytest.mark.parametrize("through", ["itself", "a pipeline"])
+@pytest.mark.parametrize("through", ["itself", "a pipeline", "ahead"])
 def test_a_look_at_it_is_no_epoch_and_the_epoch_can_be_set(tmp_path, tf, through):
     data = served(tmp_path, batch_size=2, shuffle=True, seed=3)
-    native = data.as_tf_dataset()
+    native = data.as_tf_dataset(prefetch=through == "ahead")
     if through == "a pipeline":
         native = native.map(lambda *batch: batch)
     next(iter(native))
@@ -161,15 +161,15 @@ def test_what_tf_data_says_of_itself(tmp_path, tf):
     )
 
 
-@pytest.mark.parametrize("through", ["itself", "a pipeline"])
+@pytest.mark.parametrize("through", ["itself", "a pipeline", "ahead"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_tf_data_serves_what_was_computed_in_other_dtypes(tmp_path, tf, dtype, through):
     layer = keras.layers.Rescaling(1.0, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     model = keras.Sequential([keras.Input((4,)), layer])
     cache = FeatureCache(tmp_path, dtype="float16" if dtype == "float16" else None)
     data = cache.features(model, X, batch_size=4)
-    native = data.as_tf_dataset()
-    same(native if through == "itself" else native.map(lambda x: (x,)), batches(data))
+    native = data.as_tf_dataset(prefetch=through == "ahead")
+    same(native.map(lambda x: (x,)) if through == "a pipeline" else native, batches(data))
 
 
 def test_fit_advances_the_epoch_as_often_as_it_passes(tmp_path, tf):
