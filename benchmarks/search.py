@@ -14,7 +14,8 @@ is over heads and fine-tuning for the five others. The ways, each in a process o
 
 Seconds are those of the whole search; memory is the most that the process had; disk is what the
 search left, features included. Accuracies are the best that a search saw on the validation images;
-of several seeds (other candidates, other splits) mean and standard error.
+of several seeds (other candidates, other splits) mean and standard error; of one, the standard error
+that so many images leave.
 """
 
 import argparse
@@ -43,6 +44,7 @@ CLASSES = 5
 BATCH_SIZE = 32
 VALIDATED = 300
 WAYS = ("by hand", "without cache", "with cache", "funnel", "heads by hand", "heads with cache")
+SIZES = ("trials", "images", "image_size", "head_epochs", "fine_tune_epochs", "finalists")
 UNFROZEN = {"block_13": 0.25, "block_6": 0.6}  # layer, and the share of the blocks above it
 
 
@@ -191,6 +193,7 @@ def search(way: str, seed: int, weights: str, options: argparse.Namespace) -> di
                 max_trials=options.trials,
                 head_epochs=options.head_epochs,
                 fine_tune_epochs=options.fine_tune_epochs,
+                finalists=options.finalists,
                 batch_size=BATCH_SIZE,
                 seed=seed + 1,
                 verbose=0,
@@ -234,6 +237,13 @@ def search(way: str, seed: int, weights: str, options: argparse.Namespace) -> di
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _standard_error(accuracies: list[float], images: int) -> float:
+    """Of the mean over several seeds; of one, by how many images it was measured on."""
+    if len(accuracies) > 1:
+        return statistics.stdev(accuracies) / len(accuracies) ** 0.5
+    return (accuracies[0] * (1 - accuracies[0]) / images) ** 0.5
+
+
 def _show(rows: list[dict[str, Any]]) -> None:
     base = {"heads by hand": "heads by hand", "heads with cache": "heads by hand"}
     print("| way | seconds | times | best val_accuracy | peak MB | disk MB |")
@@ -244,7 +254,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     seconds = {way: statistics.median(r["seconds"] for r in of) for way, of in by_way.items()}
     for way, of in by_way.items():
         accuracies = [row["val_accuracy"] for row in of]
-        error = statistics.stdev(accuracies) / len(of) ** 0.5 if len(of) > 1 else float("nan")
+        error = _standard_error(accuracies, of[0]["validation_images"])
         against = seconds.get(base.get(way, "by hand"))
         times = "-" if against is None else f"{against / seconds[way]:.1f}"
         print(
@@ -264,6 +274,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--head-epochs", type=int, default=9)
     parser.add_argument("--fine-tune-epochs", type=int, default=6)
+    parser.add_argument("--finalists", type=int, default=5, help="of the funnel")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--output", default=None, help="a JSON file")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # way, seed, weights
@@ -278,7 +289,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         pretrain(options.image_size, Path(weights))
         common = [
             f"--{name.replace('_', '-')}={getattr(options, name)}"
-            for name in ("trials", "images", "image_size", "head_epochs", "fine_tune_epochs")
+            for name in SIZES
         ]
         for seed in range(options.seeds):
             for way in options.ways:
