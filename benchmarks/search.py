@@ -287,10 +287,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "backbone.weights.h5")
         pretrain(options.image_size, Path(weights))
-        common = [
-            f"--{name.replace('_', '-')}={getattr(options, name)}"
-            for name in SIZES
-        ]
+        common = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in SIZES]
         for seed in range(options.seeds):
             for way in options.ways:
                 command = [sys.executable, "-m", "benchmarks.search", *common]
