@@ -270,6 +270,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="a seed of all ways takes an hour"
+    )
     parser.add_argument("--images", type=int, default=400, help="to train on")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--head-epochs", type=int, default=9)
@@ -288,7 +291,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         weights = str(Path(folder) / "backbone.weights.h5")
         pretrain(options.image_size, Path(weights))
         common = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in SIZES]
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for way in options.ways:
                 command = [sys.executable, "-m", "benchmarks.search", *common]
                 done = subprocess.run(
