@@ -21,6 +21,7 @@ from keras_xfer.features.nesting import describe, flatten, pack
 from keras_xfer.features.progress import Progress
 from keras_xfer.features.reading import Ahead, Block, ShardEnd, blocks
 from keras_xfer.features.source import Leaves, Source
+from keras_xfer.features.unchanged import once
 
 _LARGEST_FLOAT16 = 65504.0
 
@@ -43,8 +44,11 @@ class Extraction:
         self._source = source
         self._views = views
         self._narrow = narrow
-        self._runner = _runner(extractor, augment=views > 1)
-        self._seeds = _seeds(extractor) if views > 1 else []
+        augment = views > 1
+        self._runner = once(
+            extractor, ("runner", augment), lambda: _Runner(extractor, augment=augment)
+        )
+        self._seeds = _seeds(extractor) if augment else []
         self._padded_rows: int = 0
 
     def plan(self, key: str, what: str) -> Manifest:
@@ -177,29 +181,6 @@ class _Runner(keras.Model):
 
     def call(self, inputs: Any) -> Any:
         return live.call(self.extractor, inputs, augment=self.augment)
-
-
-_traced: dict[int, _Runner | None] = {}  # by the id of an extractor that does not change now
-
-
-@contextlib.contextmanager
-def traced_once(extractor: keras.Layer) -> Iterator[None]:
-    """Within the block `extractor` is compiled once for all data, as long as nothing changes it."""
-    _traced[id(extractor)] = None
-    try:
-        yield
-    finally:
-        del _traced[id(extractor)]
-
-
-def _runner(extractor: keras.Layer, *, augment: bool) -> _Runner:
-    kept = _traced.get(id(extractor))
-    if kept is not None and kept.augment == augment:
-        return kept
-    runner = _Runner(extractor, augment=augment)
-    if id(extractor) in _traced:
-        _traced[id(extractor)] = runner
-    return runner
 
 
 def _seeds(extractor: keras.Layer) -> list[keras.random.SeedGenerator]:

@@ -5,11 +5,10 @@ are left out, and where a graph refers to a layer by name its place in the graph
 """
 
 import base64
-import contextlib
 import functools
 import marshal
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from keras_xfer import files, freezing, handles
 from keras_xfer.features import code, digests
+from keras_xfer.features.unchanged import once
 from keras_xfer.layers.hub_module import HubModule
 
 # What a layer is called, and what of it trains, changes nothing in inference mode. The shapes that
@@ -28,19 +28,6 @@ _DROPPED_OF_OURS = {*_DROPPED, "batch_norm"}  # a policy of training
 _PLACES = ("handle", "filepath")
 _PIN = "sha256"
 _DROPPED_AROUND = {"name", "shared_object_id", "build_config", "compile_config"}
-
-
-_looked_at: dict[int, dict[str, Any]] = {}  # by the id of an extractor that does not change now
-
-
-@contextlib.contextmanager
-def unchanged(extractor: Any) -> Iterator[None]:
-    """Within the block `extractor` is looked at once: nothing trains it meanwhile."""
-    _looked_at[id(extractor)] = of_extractor(extractor)
-    try:
-        yield
-    finally:
-        del _looked_at[id(extractor)]
 
 
 def of_extractor(extractor: Any) -> dict[str, Any]:
@@ -60,8 +47,10 @@ def of_extractor(extractor: Any) -> dict[str, Any]:
     >>> of_extractor(make(2)) == of_extractor(make(2)), of_extractor(make(2)) == of_extractor(make(3))
     (True, False)
     """
-    if id(extractor) in _looked_at:
-        return _looked_at[id(extractor)]
+    return once(extractor, "identity", lambda: _of_extractor(extractor))
+
+
+def _of_extractor(extractor: Any) -> dict[str, Any]:
     if not isinstance(extractor, keras.Layer):
         raise TypeError(
             "Expected extractor to be a built keras.Model or keras.layers.Layer. Received: "

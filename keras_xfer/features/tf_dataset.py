@@ -227,7 +227,7 @@ def _pipeline(features: "CachedFeatures", manifest: Manifest, tf: Any, *, prefet
                 each.set_shape([None, *leaf.shape])
             return pack(structure, flat)
 
-        if not prefetch:  # whoever asks Python for a pass does without this
+        if not prefetch:
             return tf.data.Dataset.range(batches).map(batch)
         ahead = tf.data.Dataset.range(batches - 1).map(
             batch, num_parallel_calls=2, deterministic=True

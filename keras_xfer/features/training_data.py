@@ -7,12 +7,12 @@ from typing import Any
 
 import keras
 
-from keras_xfer.features import extraction, identity
 from keras_xfer.features.cache import FeatureCache
 from keras_xfer.features.live import Still
 from keras_xfer.features.nesting import describe, pack
 from keras_xfer.features.order import Ordered
 from keras_xfer.features.source import as_tuple, is_arrays, leaves_of, source_of
+from keras_xfer.features.unchanged import unchanged
 
 # Of `Model.fit`, with its defaults.
 _ARGUMENTS: dict[str, Any] = {
@@ -128,7 +128,7 @@ class TrainingData:
 
     def cached(self, cache: FeatureCache, prefix: keras.Model, *, prefetch: bool) -> dict[str, Any]:
         """Arguments of `fit` for what `prefix` makes of the data."""
-        with identity.unchanged(prefix), extraction.traced_once(prefix):
+        with unchanged(prefix):
             train = cache.features(
                 prefix,
                 self._train,

@@ -47,8 +47,10 @@ def join(
         },
         index=range(sum(lengths)),
     )
-    of_stages = [stage_names] * len(fits)
-    if stage_names is None:  # a fit of no epochs has names, and no stages
+    of_stages: list[Any]
+    if stage_names is not None:
+        of_stages = [stage_names] * len(fits)
+    else:  # a fit of no epochs has names, and no stages
         pairs = zip(fits, tables, strict=True)
         of_stages = [
             getattr(fit, "stage_names", None) if "stage" in t else None for fit, t in pairs
