@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -93,6 +93,10 @@ def _tune(arguments: argparse.Namespace) -> int:
     lifeline.watch()
     from keras_xfer.commands.runs import RunFolder, check_cache
 
+    if importlib.util.find_spec("pandas") is None:
+        raise UsageError(
+            'tune needs pandas, for trials.csv. Install it with: pip install "keras-xfer[report]"'
+        )
     recipe = _search_recipe(arguments)
     place = process_of(os.environ)
     if arguments.listen is not None and arguments.workers is None:
@@ -147,6 +151,12 @@ def _predict(arguments: argparse.Namespace) -> int:
         trust=arguments.trust,
         hub=arguments.hub,
     )
+    if not predictions:
+        file, reason = skipped[0]
+        raise UsageError(
+            f"None of {counted(len(skipped), 'file')} is a readable image; the first: {file!r} "
+            f"({reason}). Give JPEG, PNG, BMP, GIF or WebP images"
+        )
     if arguments.csv is not None:
         write_csv(
             arguments.csv,
@@ -157,16 +167,10 @@ def _predict(arguments: argparse.Namespace) -> int:
                 for rank, (name, probability) in enumerate(ranking, 1)
             ],
         )
-    width = max((len(prediction.file) for prediction in predictions), default=0)
+    width = max(len(prediction.file) for prediction in predictions)
     for file, ranking in predictions:
         answers = "  ".join(f"{name} {probability:.1%}" for name, probability in ranking)
         screen.line(f"{file:{width}}  {answers}")
-    if not predictions:
-        file, reason = skipped[0]
-        raise UsageError(
-            f"None of {counted(len(skipped), 'file')} is a readable image; the first: {file!r} "
-            f"({reason}). Give JPEG, PNG, BMP, GIF or WebP images"
-        )
     for file, reason in skipped:
         _say(f"Skipped {file}: {reason}")
     return 0

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a module may import of the package: what stands on the same or a lower floor.
 FLOORS = {
     1: {
-        "_version", "applications", "blocks", "bundle", "files", "flops", "freezing", "handles",
+        "_version", "applications", "blocks", "bundle", "extras", "files", "flops", "freezing", "handles",
         "lifeline", "live_config", "losses", "monitor", "running_fit", "retarget", "stages",
         "saved_model", "structure", "tables", "variable_group",
     },

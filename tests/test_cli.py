@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -292,6 +293,10 @@ def test_a_diverging_loss_is_said(photos, tmp_path, capfd):
         (["--backbone-arg", "alpha"], ["NAME=VALUE"]),
         (["--backbone-arg", "beta=1", "--weights", "none"], ["--backbone-arg", "beta", "alpha"]),
         (["--weights", "none", "--unfreeze", "all"], ["--unfreeze", "--weights none"]),
+        (["--unfreeze", "none", "--fine-tune-rate", "1e-5"], ["--fine-tune-rate", "head alone"]),
+        (["--unfreeze", "none", "--head-epochs", "5"], ["--head-epochs", "head alone"]),
+        (["--epochs", "1", "--unfreeze", "all"], ["--unfreeze", "1 of 1", "--epochs"]),
+        (["--head-epochs", "15", "--fine-tune-rate", "1e-5"], ["--fine-tune-rate", "15 of 15"]),
         (["--weights", "nowhere.h5"], ["--weights", "nowhere.h5", "no such file"]),
         (["--no-such-option"], ["--no-such-option"]),
     ],
@@ -522,6 +527,25 @@ def test_predict_a_folder_on_a_terminal_without_utf8(trained, photos):
     assert "Traceback" not in done.stderr
 
 
+def test_predict_names_what_it_cannot_read_and_takes_odd_names(trained, tmp_path, capfd):
+    run, _ = trained
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / os.fsdecode(b"caf\xe9.png"))
+    (tmp_path / "photos" / "IMG_1.HEIC").write_bytes(b"a phone's")
+    table = tmp_path / "table.csv"
+    assert main(["predict", str(run), str(tmp_path / "photos"), "--csv", str(table)]) == 0
+    assert {Path(row["file"]).name for row in read(table)} == {"caf\\xe9.png"}
+    (skipped,) = capfd.readouterr().err.splitlines()
+    assert "IMG_1.HEIC: not a JPEG" in skipped
+
+
+def test_tune_needs_pandas(photos, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    status = main(["tune", str(photos), "--output", str(tmp_path / "run"), "--max-trials", "1"])
+    failed(capfd, status, "pandas", "keras-xfer[report]")
+    assert not (tmp_path / "run").exists()
+
+
 def test_predict_on_wrong_input(trained, photos, tmp_path, capfd):
     run, _ = trained
     image = str(photos / "cat" / "0.png")
@@ -531,6 +555,11 @@ def test_predict_on_wrong_input(trained, photos, tmp_path, capfd):
     failed(capfd, main(["predict", str(run), image, "--top", "0"]), "--top")
     damaged = str(photos / "cat" / "damaged1.jpg")
     failed(capfd, main(["predict", str(run), damaged]), "damaged1.jpg", "readable")
+    kept = tmp_path / "kept.csv"
+    kept.write_text("an earlier table")
+    status = main(["predict", str(run), damaged, "--csv", str(kept)])
+    failed(capfd, status, "damaged1.jpg", "readable")
+    assert kept.read_text() == "an earlier table"
     status = main(["predict", str(run), image, "--csv", str(tmp_path / "no" / "table.csv")])
     failed(capfd, status, "Cannot write", "table.csv")
 

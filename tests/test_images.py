@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import unicodedata
+import warnings
 import zlib
 
 import keras
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.utils.class_weight import compute_class_weight
 
 from keras_xfer.images import (
@@ -107,7 +108,7 @@ def test_validation_is_drawn_from_train_where_only_test_is_given(tmp_path):
     [
         {"test": 3, "cat": 3},
         {"train": 3, "bus": 3},
-        {"train": 2, "test": 2, "validation": 2},
+        {"test": 2, "validation": 2},
         {"test/nested": 3, "cat": 3},
     ],
 )
@@ -115,6 +116,16 @@ def test_a_class_may_be_called_like_a_split(tmp_path, counts):
     fill(tmp_path, counts)
     expected = sorted({name.split("/")[0] for name in counts})
     assert list(scan(tmp_path, validation_split=0).class_names) == expected
+
+
+def test_a_stray_image_makes_no_class_of_a_split(tmp_path):
+    fill(tmp_path, {"train/a": 2, "train/b": 2, "train": 1, "val/a": 1, "val/b": 1, "val": 1})
+    found = scan(tmp_path)
+    assert found.counts() == {"train": [2, 2], "validation": [1, 1], "test": [0, 0]}
+    assert found.skipped == (
+        ("train/0.png", "outside every class folder"),
+        ("val/0.png", "outside every class folder"),
+    )
 
 
 def test_subfolders_belong_to_their_class(tmp_path):
@@ -212,6 +223,19 @@ def other_classes_in_test(root):
     return root, r"same classes in .*train.* and .*test.* lacks 'b' and has besides 'c'"
 
 
+def splits_without_classes(root):
+    fill(root, {"train": 3, "test": 3})
+    return (
+        root,
+        r"No class folders in .*train': expected one folder a class.*a table of labels is not",
+    )
+
+
+def a_test_without_classes(root):
+    fill(root, {"train/a": 3, "train/b": 3, "test": 3})
+    return root, r"No class folders in .*test': expected those of .*train'.*keras-xfer predict"
+
+
 def no_train(root):
     fill(root, {"val/a": 1, "val/b": 1, "test/a": 1, "test/b": 1})
     return root, r"holds 'test' but no 'train'"
@@ -254,6 +278,8 @@ def not_utf8(root):
         an_empty_class_after_skipping,
         an_empty_class_in_validation,
         other_classes_in_test,
+        splits_without_classes,
+        a_test_without_classes,
         no_train,
         splits_and_more,
         two_validations,
@@ -556,6 +582,27 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.abs(got.astype(int) - upright).max() <= 12
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_damaged_exif_data_leave_the_pixels(tmp_path, kind):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / f"x.{kind}", exif=b"Exif\0\0no TIFF header")
+    with Image.open(tmp_path / f"x.{kind}") as image, pytest.raises(SyntaxError):
+        ImageOps.exif_transpose(image)
+    got = load_image(tmp_path / f"x.{kind}")
+    assert got.shape == (4, 8, 3)
+    np.testing.assert_allclose(got[2, 4], [255, 0, 0], atol=3)
+
+
+def test_a_picture_is_turned_whatever_else_its_exif_data_hold(tmp_path):
+    # Orientation 6 and a tag of an unknown type: Pillow reads it and may not write it again.
+    entries = [(0x0112, 3, 1, 6), (0x9C9B, 99, 1, 7)]
+    data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + struct.pack("<I", 0)
+    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of the tag
+        assert load_image(tmp_path / "x.jpg").shape == (8, 4, 3)
+
+
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for kind in ("gif", "webp", "png"):
@@ -762,6 +809,8 @@ def test_list_images(tmp_path):
         "b/0.png",
         "b/1.png",
     ]
+    (tmp_path / "b" / "2.HEIC").write_bytes(b"a phone's")  # named, and then reported as unreadable
+    assert list_images([tmp_path / "b"])[-1] == tmp_path / "b" / "2.HEIC"
     with pytest.raises(ImageFolderError, match=r"No such file or folder.*gone"):
         list_images([tmp_path / "gone"])
     (tmp_path / "empty").mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_xfer import applications, handles, tuner
 from tests import saved_models
@@ -45,6 +46,10 @@ def test_the_blocks_run(tmp_path, monkeypatch):
         functools.wraps(search)(lambda *args, **kwargs: search(*args, **{**kwargs, **short})),
     )
     monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (40, 30)).save(tmp_path / "photos" / name / f"{i}.png")
     text = saved_models.text(tmp_path / "text")
     monkeypatch.setattr(handles, "resolve", lambda handle, **_: str(text))
     rng = np.random.default_rng(0)
@@ -54,6 +59,7 @@ def test_the_blocks_run(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), namespace)  # noqa: S102  # our own README
     assert (tmp_path / "best.keras").exists()
+    assert [len(namespace[each].files) for each in ("training", "held_out")] == [8, 2]
     assert namespace["history"].history["stage"] == [0, 0, 1, 1]
     assert namespace["model"].history.history["stage"] == [0] * 5 + [1] * 10
 

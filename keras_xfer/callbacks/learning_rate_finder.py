@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from keras_xfer.extras import require
 from keras_xfer.retarget.rehearsal import batches, build_from, kept_random_state, rehearsal
 
 if TYPE_CHECKING:
@@ -211,13 +212,7 @@ class LearningRateCurve:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                'LearningRateCurve.plot needs matplotlib: pip install "keras-xfer[report]"'
-            ) from error
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        figure: Figure = require("matplotlib.figure").Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(self.learning_rates, self.losses, color="#BBBBBB", linewidth=1, label="batch")
         axes.plot(self.learning_rates, self.smoothed_losses, color="#0072B2", label="smoothed")

@@ -17,6 +17,7 @@ from keras_xfer.commands.screen import Screen
 from keras_xfer.commands.training import one_line
 from keras_xfer.handles.failures import shown
 from keras_xfer.images import ImageReadError, Skipped, list_images, load_image
+from keras_xfer.images.pixels import shown as shown_path
 from keras_xfer.layers import BackbonePreprocessing, HubModule
 from keras_xfer.reports import predict_probabilities
 
@@ -72,7 +73,7 @@ def predict(
     for batch in _batches(files, model):
         for file, image in batch:
             if isinstance(image, ImageReadError):
-                skipped.append(Skipped(str(file), image.reason))
+                skipped.append(Skipped(shown_path(file, None), image.reason))
         readable = [(file, image) for file, image in batch if isinstance(image, np.ndarray)]
         if readable:
             images = np.stack([image for _, image in readable])
@@ -80,7 +81,7 @@ def predict(
             for (file, _), row in zip(readable, answers, strict=True):
                 order = np.argsort(-row, kind="stable")[:top]
                 ranking = [(class_names[i], float(row[i])) for i in order]
-                predictions.append(Prediction(str(file), ranking))
+                predictions.append(Prediction(shown_path(file, None), ranking))
         done += len(batch)
         if progress is not None:
             progress(done, len(files))

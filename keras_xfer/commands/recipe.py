@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-AUGMENTS = ("none", "light", "strong")
+AUGMENTS = {"none": 0.0, "light": 0.5, "strong": 1.0}  # strengths
 TOP_THIRD = "the top third of the blocks"
 HUB_OR_BACKBONE = (
     "--hub names the whole model: leave out --backbone, --backbone-arg and --weights, or leave out "
@@ -135,6 +135,8 @@ class Recipe:
                 "--weights none everything trains from the first epoch. Leave them out, or give "
                 "--weights PATH"
             )
+        if self.stages is None:
+            self._check_thawing()
 
     @property
     def model_name(self) -> str:
@@ -183,6 +185,21 @@ class Recipe:
             raise UsageError(HUB_OR_BACKBONE)
         if self.hub_sha256 is not None and not re.fullmatch("[0-9A-Fa-f]{64}", self.hub_sha256):
             raise self._error("hub_sha256", "64 hexadecimal digits, as sha256sum prints them")
+
+    def _check_thawing(self) -> None:
+        head, rest = self.stage_epochs
+        if self.unfreeze is None:
+            if self.fine_tune_rate is not None or self.head_epochs not in (None, self.epochs):
+                raise UsageError(
+                    "--fine-tune-rate and --head-epochs: with --unfreeze none the head alone trains, "
+                    "in all epochs. Leave them out, or leave out --unfreeze"
+                )
+        elif not rest and (self.unfreeze != TOP_THIRD or self.fine_tune_rate is not None):
+            raise UsageError(
+                "--unfreeze and --fine-tune-rate: expected epochs after those of the head, which "
+                f"has {head} of {self.epochs}. Give more --epochs or fewer --head-epochs, or leave "
+                "them out"
+            )
 
     def _check_cached(self) -> None:
         if self.weights is None and (self.cached or self.views is not None):

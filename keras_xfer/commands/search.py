@@ -16,7 +16,7 @@ import keras
 
 from keras_xfer import applications, files, freezing, lifeline
 from keras_xfer.commands import caching, job, training
-from keras_xfer.commands.recipe import UsageError
+from keras_xfer.commands.recipe import AUGMENTS, UsageError
 from keras_xfer.commands.runs import SEARCH, RunFolder
 from keras_xfer.commands.screen import Screen, counted
 from keras_xfer.commands.search_recipe import FINALISTS, SearchRecipe, process_of
@@ -223,7 +223,6 @@ class Search:
 
     def _tuner(self, num_classes: int) -> DurableTuner:
         recipe = self._recipe
-        strength = {"none": 0.0, "light": 0.5, "strong": 1.0}[recipe.augment]
         size = self._image_size
         hypermodel = HyperTransfer(
             num_classes,
@@ -233,7 +232,7 @@ class Search:
             },
             input_shape=(size, size, 3),
             cache=self._features(),
-            space={"augment": strength},
+            space={"augment": AUGMENTS[recipe.augment]},
             flip=recipe.flip,
         )
         with contextlib.redirect_stdout(None):  # KerasTuner says which file it reads

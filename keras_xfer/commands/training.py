@@ -16,9 +16,15 @@ from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.commands import hub_backbone
 from keras_xfer.commands.caching import FeatureSeconds, RunCache
-from keras_xfer.commands.recipe import TOP_THIRD, Recipe, UsageError
+from keras_xfer.commands.recipe import AUGMENTS, TOP_THIRD, Recipe, UsageError
 from keras_xfer.features import fit_staged
-from keras_xfer.images import ImageDataset, ImageFolder, class_weights, make_augmentation
+from keras_xfer.images import (
+    ImageDataset,
+    ImageFolder,
+    augmentation_ranges,
+    class_weights,
+    make_augmentation,
+)
 from keras_xfer.layers import Backbone
 from keras_xfer.stages import Stage, planning, stages_from_yaml
 
@@ -495,9 +501,8 @@ def _load_weights(model: keras.Model, recipe: Recipe, size: int) -> None:
 def _augmentation(recipe: Recipe) -> keras.Sequential | None:
     if recipe.augment == "none":
         return None
-    more: dict[str, Any] = {"rotation": 0.05, "shear": 0.1} if recipe.augment == "strong" else {}
-    shift, zoom = (0.15, 0.2) if recipe.augment == "strong" else (0.1, 0.1)
-    return make_augmentation(shift=shift, zoom=zoom, **more, flip=recipe.flip, seed=recipe.seed)
+    ranges = augmentation_ranges(AUGMENTS[recipe.augment])
+    return make_augmentation(**ranges, flip=recipe.flip, seed=recipe.seed)
 
 
 def _shorten_batch_norm_memory(model: keras.Model, steps_per_epoch: int) -> None:

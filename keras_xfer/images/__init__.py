@@ -4,7 +4,7 @@
 `load_image` is how each of them is decoded.
 """
 
-from keras_xfer.images.augmentation import make_augmentation
+from keras_xfer.images.augmentation import augmentation_ranges, make_augmentation
 from keras_xfer.images.dataset import ImageDataset, Sample, class_weights
 from keras_xfer.images.folders import (
     IMAGE_SUFFIXES,
@@ -23,6 +23,7 @@ __all__ = [
     "ImageReadError",
     "Sample",
     "Skipped",
+    "augmentation_ranges",
     "class_weights",
     "list_images",
     "load_image",

@@ -62,3 +62,28 @@ def make_augmentation(
         return keras.Sequential(made, name=name)
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def augmentation_ranges(strength: float) -> dict[str, float]:
+    """How far `make_augmentation` goes at a strength: up to a half it shifts and zooms, above it turns
+    and shears too.
+
+    Args:
+        strength: Float in [0, 1].
+
+    Returns:
+        A dict of its arguments `shift`, `zoom`, `rotation` and `shear`.
+
+    Example:
+    >>> augmentation_ranges(0.5)
+    {'shift': 0.075, 'zoom': 0.1, 'rotation': 0.0, 'shear': 0.0}
+    >>> augmentation_ranges(1.0)
+    {'shift': 0.15, 'zoom': 0.2, 'rotation': 0.05, 'shear': 0.1}
+    """
+    above = max(0.0, strength - 0.5)
+    return {
+        "shift": 0.15 * strength,
+        "zoom": 0.2 * strength,
+        "rotation": 0.1 * above,
+        "shear": 0.2 * above,
+    }

@@ -18,7 +18,11 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".
 
 # Images that people do put into such folders and that are not read: listed as skipped, where a
 # text file or Thumbs.db is passed over in silence.
-_FOREIGN_SUFFIXES = frozenset({".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg"})
+_FOREIGN_SUFFIXES = frozenset(
+    {".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".tga", ".dcm"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw"}  # raw pictures of cameras
+)
 _LITTER = frozenset({"__MACOSX", "@eaDir"})  # left by macOS archives and Synology shares
 _SPLITS = {
     "train": ("train", "training"),
@@ -161,8 +165,9 @@ def scan(
     Hidden files and folders are ignored, and so are files whose extension is not an image's
     (`.txt`, `Thumbs.db`). Listed as skipped are unreadable images (truncated, empty, text under
     an image's name, no permission, a broken link, more than `PIL.Image.MAX_IMAGE_PIXELS`),
-    images in formats that are not read (TIFF, HEIC, AVIF, JPEG 2000, JPEG XL, SVG), images that
-    lie outside every class, folders named like an image, and file names that are not UTF-8.
+    images in formats that are not read (such as TIFF, HEIC, AVIF, PPM, SVG, a camera's raw ones),
+    images that lie outside every class, folders named like an image, and file names that are not
+    UTF-8.
 
     Args:
         folder: Path of the folder.
@@ -273,7 +278,8 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
     Args:
         paths: Files, taken whatever their name, and folders, searched with their subfolders for
-            names with an image's extension; hidden ones are ignored.
+            names with an image's extension, those of formats that are not read (such as HEIC)
+            among them, so that `readable_images` and `load_image` say so; hidden ones are ignored.
 
     Returns:
         A list of `pathlib.Path`: the arguments in the order given, each folder's files sorted.
@@ -294,7 +300,8 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         try:
             if path.is_dir():
-                files = [file for file in _walk(path, path, []) if _suffix(file) in IMAGE_SUFFIXES]
+                known = IMAGE_SUFFIXES | _FOREIGN_SUFFIXES
+                files = [file for file in _walk(path, path, []) if _suffix(file) in known]
                 if not files:
                     raise ImageFolderError(
                         f"No image in {str(path)!r}: expected files that end in "
@@ -337,10 +344,17 @@ def _split_folders(root: Path) -> dict[str, Path]:
         split: [folder for folder in folders if folder.name.lower() in aliases]
         for split, aliases in _SPLITS.items()
     }
+    splits = [folder for folder in folders if folder.name.lower() in _SPLIT_NAMES]
+    if named["train"] and splits == folders:
+        train = named["train"][0]
+        if not _subfolders(train):
+            raise ImageFolderError(
+                f"No class folders in {str(train)!r}: expected one folder a class with its images "
+                "inside. Sort the images into such folders: a table of labels is not read."
+            )
     # A class may be called "test", or "train" (beside "bus"): a folder is a split only if it holds
     # folders and no images of its own.
-    splits = [folder for folder in folders if folder.name.lower() in _SPLIT_NAMES]
-    if not any(_subfolders(folder) and not _own_images(folder) for folder in splits):
+    elif not any(_subfolders(folder) and not _own_images(folder) for folder in splits):
         return {"train": root}
     others = [folder for folder in folders if folder not in splits and _holds_images(folder)]
     if not named["train"]:
@@ -381,7 +395,7 @@ def _class_files(root: Path, folder: Path, skipped: list[Skipped]) -> dict[str, 
             )
         files = []
         for path in _walk(class_folder, root, skipped):
-            if not _is_utf8(path.name):
+            if not _is_utf8(str(path.relative_to(root))):
                 skipped.append(Skipped(shown(path, root), "file name is not valid UTF-8"))
             elif _suffix(path) in IMAGE_SUFFIXES:
                 files.append(path)
@@ -436,6 +450,12 @@ def _check_same_classes(
 ) -> None:
     missing = sorted(set(class_names) - set(by_class))
     extra = sorted(set(by_class) - set(class_names))
+    if not by_class:
+        raise ImageFolderError(
+            f"No class folders in {str(folder)!r}: expected those of {str(train)!r}. Sort its "
+            "images into such folders, or move it elsewhere: what has no labels is for "
+            "`keras-xfer predict`."
+        )
     if missing or extra:
         differences = [
             f"{text} {', '.join(map(repr, names))}"

@@ -18,7 +18,18 @@ RESIZES = ("crop", "stretch", "pad")
 
 # Only these decoders run. Pillow would otherwise go by a file's content, and an EPS file named
 # .jpg would start Ghostscript.
-_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "WEBP")
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "WEBP")
+
+_ORIENTATION = 0x0112  # the tag of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Progress = Callable[[int, int], None]
 
@@ -146,7 +157,7 @@ def _decode(path: Path, reduction: Callable[[tuple[int, int]], int] = lambda _: 
             raise ImageReadError(path, "not a regular file")
         if status.st_size == 0:
             raise ImageReadError(path, "empty file")
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ImageReadError(
@@ -156,7 +167,7 @@ def _decode(path: Path, reduction: Callable[[tuple[int, int]], int] = lambda _: 
             if divisor > 1:
                 image.draft(None, (image.width // divisor or 1, image.height // divisor or 1))
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return rgb(upright(image))
     except ImageReadError:
         raise
     except Exception as error:  # a damaged file can raise anything in a decoder
@@ -183,7 +194,21 @@ def _reason(path: Path, error: Exception) -> str:
     return f"damaged: {text}"
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data says; as it is, where these are damaged.
+
+    `ImageOps.exif_transpose` writes all EXIF data anew for the picture that it turns, and refuses
+    good pixels where it cannot: https://github.com/python-pillow/Pillow/issues/4238
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # damaged data can raise anything; viewers show such a picture unturned
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Bring a picture of any mode to RGB: 16 bits scaled to 8, what is transparent on white."""
     if image.mode.startswith("I"):  # 16 bits a pixel
         gray = np.asarray(image).clip(0, 65535)
         return Image.fromarray((gray / 257).round().astype("uint8")).convert("RGB")

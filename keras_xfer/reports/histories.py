@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from keras_xfer.callbacks.epoch_timing import EpochTiming
-from keras_xfer.reports._extra import require
+from keras_xfer.extras import require
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras_xfer import files
+from keras_xfer.extras import require
 from keras_xfer.reports import history_plots, pictures, plots, tables
-from keras_xfer.reports._extra import require
 from keras_xfer.reports._numbers import duration
 from keras_xfer.reports.predictions import read_predictions
 from keras_xfer.reports.search_section import search_section

@@ -6,22 +6,20 @@ from typing import Any
 
 import keras
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from keras_xfer.images.pixels import FORMATS, rgb, upright
 from keras_xfer.reports.batches import batches, count, to_numpy
 
 
 def thumbnail(path: Path, side: int) -> Image.Image | None:
     """Read an image no larger than `side` pixels; `None` where there is none that can be read."""
     try:
-        with Image.open(path, formats=("BMP", "DIB", "GIF", "JPEG", "PNG", "WEBP")) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (side, side))
-            small = ImageOps.exif_transpose(image)
+            small = rgb(upright(image))
             small.thumbnail((side, side))
-            if small.has_transparency_data:
-                small = small.convert("RGBA")
-                small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
-            return small.convert("RGB")
+            return small
     except Exception:  # a damaged file can raise anything; a report is made without its picture
         return None
 

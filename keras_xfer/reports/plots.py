@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_xfer.extras import require
 from keras_xfer.reports import pictures
-from keras_xfer.reports._extra import require
 from keras_xfer.reports.predictions import COLUMNS, given_predictions
 from keras_xfer.reports.tables import most_wrong
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_xfer.reports._extra import require
+from keras_xfer.extras import require
 from keras_xfer.reports.batches import batches, count, filled
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from keras_xfer.reports._extra import require
+from keras_xfer.extras import require
 from keras_xfer.reports._numbers import duration, number, numbers
 from keras_xfer.reports.plots import (
     COLORS,

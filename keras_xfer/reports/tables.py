@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from keras_xfer.reports._extra import require
+from keras_xfer.extras import require
 from keras_xfer.reports.predictions import given_predictions
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import keras_tuner
 
+from keras_xfer.extras import require
 from keras_xfer.features import FeatureCache
 from keras_xfer.tuner import asked, checks
 from keras_xfer.tuner.durable import DurableOracle, DurableTuner, is_worker
@@ -77,6 +78,7 @@ def funnel_search(
         SearchResult; None in a worker, whose chief has it.
 
     Raises:
+        ImportError: pandas is not installed, which the result's tables need.
         TypeError: `hypermodel` is no `HyperTransfer`, or `epochs` is among the arguments.
         ValueError: an argument is out of its range, the labels or the objective are not those of
             the hypermodel, or the folder holds a search that was asked something else.
@@ -99,6 +101,7 @@ def funnel_search(
     Reference:
         https://arxiv.org/abs/1502.07943 (successive halving)
     """
+    require("pandas")  # which the result is written with, hours from now
     if not isinstance(hypermodel, HyperTransfer):
         raise TypeError(
             "Expected a keras_xfer.HyperTransfer. Received: hypermodel of type "

@@ -16,7 +16,7 @@ from keras_xfer import freezing
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.features import FeatureCache, fit_staged
-from keras_xfer.images import make_augmentation
+from keras_xfer.images import augmentation_ranges, make_augmentation
 from keras_xfer.layers import Backbone, BackbonePreprocessing
 from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
 from keras_xfer.stages import Stage
@@ -363,13 +363,7 @@ class HyperTransfer(keras_tuner.HyperModel):
         inputs = keras.Input(shape, name="images")
         x = inputs
         if values["augment"]:
-            strength = values["augment"]
-            x = make_augmentation(
-                shift=0.15 * strength,
-                zoom=0.2 * strength,
-                rotation=0.05 * strength,
-                flip=self.flip,
-            )(x)
+            x = make_augmentation(**augmentation_ranges(values["augment"]), flip=self.flip)(x)
         for layer in _preprocessing(taken, shape, size):
             x = layer(x)
         features = taken.backbone(x)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_xfer import files
+from keras_xfer.extras import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,8 +116,7 @@ def trials_table(project: Path, trials: Mapping[str, Any], objective: Any) -> "p
         DataFrame: `trial`, `stage`, `status`, `objective`, `direction`, `score`, `best_epoch` (from
         0), `epochs`, `seconds`, `hp.*`, `error`.
     """
-    import pandas as pd
-
+    pd = require("pandas")
     rows: dict[str, dict[str, Any]] = {}
     lineages = lineage(trials)
     for trial_id, trial in sorted(trials.items()):
@@ -163,8 +163,7 @@ def epochs_table(project: Path, trials: Mapping[str, Any]) -> "pd.DataFrame":
     Returns:
         DataFrame: `trial`, `execution`, `epoch` (from 0), `stage`, and the logs.
     """
-    import pandas as pd
-
+    pd = require("pandas")
     parts = []
     for trial_id, ancestors in sorted(lineage(trials).items()):
         path = project / f"trial_{trial_id}" / EPOCHS

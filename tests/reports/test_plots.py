@@ -86,6 +86,9 @@ def test_thumbnails(tmp_path):
     assert thumbnail(tmp_path / "x.jpg", 100).size == (100, 50)
     Image.new("RGBA", (4, 4)).save(tmp_path / "x.png")
     assert thumbnail(tmp_path / "x.png", 100).getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.full((1000, 1500), 32896, "uint16")).save(tmp_path / "deep.png")
+    deep = thumbnail(tmp_path / "deep.png", 150)
+    assert (deep.size, deep.getpixel((70, 50))) == ((150, 100), (128, 128, 128))
     assert thumbnail(tmp_path / "gone.jpg", 100) is None
 
 

@@ -10,6 +10,6 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"keras_xfer.reports needs {module.partition('.')[0]}. Install it with: "
+            f"This needs {module.partition('.')[0]}. Install it with: "
             'pip install "keras-xfer[report]"'
         ) from error
