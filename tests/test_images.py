@@ -4,7 +4,6 @@ import struct
 import subprocess
 import sys
 import unicodedata
-import warnings
 import zlib
 
 import keras
@@ -582,25 +581,22 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.abs(got.astype(int) - upright).max() <= 12
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_damaged_exif_data_leave_the_pixels(tmp_path, kind):
-    Image.new("RGB", (8, 4), "red").save(tmp_path / f"x.{kind}", exif=b"Exif\0\0no TIFF header")
-    with Image.open(tmp_path / f"x.{kind}") as image, pytest.raises(SyntaxError):
-        ImageOps.exif_transpose(image)
-    got = load_image(tmp_path / f"x.{kind}")
-    assert got.shape == (4, 8, 3)
-    np.testing.assert_allclose(got[2, 4], [255, 0, 0], atol=3)
+def test_damaged_exif_data_leave_the_pixels(tmp_path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "x.png", exif=b"Exif\0\0no TIFF header")
+    with Image.open(tmp_path / "x.png") as image, pytest.raises(SyntaxError):
+        image.getexif()
+    got = load_image(tmp_path / "x.png")
+    assert (got.shape, got[2, 4].tolist()) == ((4, 8, 3), [255, 0, 0])
 
 
 def test_a_picture_is_turned_whatever_else_its_exif_data_hold(tmp_path):
-    # Orientation 6 and a tag of an unknown type: Pillow reads it and may not write it again.
-    entries = [(0x0112, 3, 1, 6), (0x9C9B, 99, 1, 7)]
+    entries = [(0x0112, 3, 1, 6), (0x0100, 2, 4, 0)]  # turned; its width is a text
     data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
     data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + struct.pack("<I", 0)
     Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of the tag
-        assert load_image(tmp_path / "x.jpg").shape == (8, 4, 3)
+    with Image.open(tmp_path / "x.jpg") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)  # which writes all of it again
+    assert load_image(tmp_path / "x.jpg").shape == (8, 4, 3)
 
 
 def test_the_first_frame_of_an_animation(tmp_path):

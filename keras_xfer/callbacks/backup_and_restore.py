@@ -12,6 +12,7 @@ from keras_xfer.bundle import read_bundle, write_bundle
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.files import check_writable, remove_leftovers
 from keras_xfer.retarget.callback_state import load_state, state_of
+from keras_xfer.retarget.carrying import check_known
 from keras_xfer.retarget.random_state import random_state, set_random_state
 from keras_xfer.retarget.trainer import begin_at, build_for_fit, is_chief
 from keras_xfer.retarget.training_state import as_data, compiled_rate, optimizer_differences
@@ -123,6 +124,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if not stands_last(self):
             return  # until all others have begun, whose state would be reset by it
+        check_known(self.model.optimizer)
         self._callbacks = callbacks_of_fit(self)
         self._compiled_rate = compiled_rate(self.model)
         self._states()  # what cannot be saved is told now, and not after an epoch
@@ -205,7 +207,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"Expected a built model to restore {self.filepath} into. Received: model="
                 f"{self.model.name!r}, whose weights do not exist yet: begin it with keras.Input."
             )
-        self._check(content)
+        changed = self._check(content)
         if self._compiled_rate is None:  # the same model goes on: `compile` was not called again
             self._compiled_rate = content["compiled_rate"]
         retarget.restore(self.model, content["model"])
@@ -215,15 +217,16 @@ class BackupAndRestore(keras.callbacks.Callback):
                 load_state(callback, states[name])
         set_random_state(content["random"])
         epoch = content["epoch"] + 1
-        # A run that was over has no more epochs, whatever `fit` was told.
-        begin_at(self.model, max(epoch, self.params["epochs"]) if content["is_over"] else epoch)
+        # A run that was over has no more epochs, whatever `fit` was told, unless by a new schedule.
+        is_over = content["is_over"] and not changed
+        begin_at(self.model, max(epoch, self.params["epochs"]) if is_over else epoch)
         if self.verbose:
             print(  # noqa: T201  # what verbose asks for, as Keras's own callbacks do
                 f"\nGoing on after epoch {epoch} from {self.filepath}"
             )
 
-    def _check(self, content: Mapping[str, Any]) -> None:
-        """Raise if the backup is that of another training."""
+    def _check(self, content: Mapping[str, Any]) -> bool:
+        """Raise if the backup is that of another training; say whether one is that was accepted."""
         mend = f"Choose another backup_dir, or delete {self.filepath} to begin from the first epoch"
         models = structure.differences(content["structure"], structure.structure(self.model))
         if models:
@@ -231,8 +234,6 @@ class BackupAndRestore(keras.callbacks.Callback):
                 "Expected the model that the backup was made of. Received: another one; then and "
                 f"now it has {'; '.join(models)}. {mend}."
             )
-        if self.accept_changes:
-            return
         found = optimizer_differences(self.model, content["model"])
         then, now = content["compiled_rate"], self._compiled_rate
         if None not in (now, then) and now != then:
@@ -248,8 +249,9 @@ class BackupAndRestore(keras.callbacks.Callback):
             for name in content["callbacks"]
             if name.startswith("StagedUnfreezing ") and name not in schedules
         ]
-        if found:
+        if found and not self.accept_changes:
             raise BackupError(
                 f"Expected the schedule and the optimizer that the backup was made with. Received: "
                 f"{'; '.join(found)}. {mend}, or pass accept_changes=True to go on all the same."
             )
+        return bool(found)

@@ -21,7 +21,7 @@ from keras_xfer.files import (
     to_json,
 )
 from keras_xfer.monitor import Monitor, as_float
-from keras_xfer.stages.current import current_stage
+from keras_xfer.stages.current import current_stage, set_current_stage
 from keras_xfer.structure import structure
 
 _RECORD_FORMAT = 1
@@ -127,6 +127,7 @@ class BestCheckpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._begun = False
+        set_current_stage(self.model, None)  # of a `fit` that was interrupted
         self._prepare_files()
         self._monitor.begin(self.model)
         if self.model.built and self._monitor.direction:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_xfer.stages.current import current_stage
+from keras_xfer.stages.current import current_stage, set_current_stage
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,6 +83,7 @@ class EpochTiming(keras.callbacks.Callback):
         self._epoch: _Epoch | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        set_current_stage(self.model, None)  # of a `fit` that was interrupted
         self._epoch = _Epoch(perf_counter())
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

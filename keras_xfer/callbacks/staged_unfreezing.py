@@ -12,6 +12,7 @@ from keras_xfer.freezing import Thawable, find_backbone, parameters
 from keras_xfer.monitor import Monitor
 from keras_xfer.retarget import capture, restore, retarget
 from keras_xfer.retarget.carrying import (
+    check_known,
     head_learning_rate_of,
     kind_of,
     learning_rate_of,
@@ -292,6 +293,7 @@ class StagedUnfreezing(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Place the schedule in the model, before anything trains."""
+        check_known(self.model.optimizer)
         build_for_fit(self.model)
         stand_before(self, _AFTER)
         self._swapping = [

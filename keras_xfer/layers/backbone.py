@@ -115,7 +115,9 @@ class Backbone(freezing.ExactTrainable, keras.layers.Layer):
         self.model = model
         self.batch_norm = batch_norm
         self.pooling = pooling
-        self._pool = _POOLING[pooling](data_format=_data_format(model)) if pooling else None
+        self._pool = (
+            _POOLING[pooling](data_format=_data_format(model), autocast=False) if pooling else None
+        )
         self._batch_norm_guard = freezing.BatchNormGuard(model, batch_norm)
         self._expected: _Expected | None = None  # where the model itself does not say
         self.trainable = trainable

@@ -43,6 +43,16 @@ def optimizer_for(
     return grouped(new, variables, rate_of, global_clipnorm, int(optimizer._iterations.numpy()))
 
 
+def check_known(optimizer: Any) -> None:
+    """Raise the ValueError of an optimizer whose state is not carried from stage to stage."""
+    if isinstance(unscaled(optimizer), keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "Expected one optimizer for all variables. Received: optimizer=MultiOptimizer. Compile "
+            "with one of its optimizers: a Stage with learning_rate={'head': …, 'backbone': …} or "
+            "layer_decay gives parts of the model rates of their own."
+        )
+
+
 def members_of(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     """The optimizers of the groups; `optimizer` itself where it is not grouped."""
     return list(optimizer._members) if isinstance(optimizer, GroupedOptimizer) else [optimizer]

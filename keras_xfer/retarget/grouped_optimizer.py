@@ -187,11 +187,15 @@ class GroupedOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         if len(variables) != len(self._groups):
-            raise ValueError(
+            # Of a file whose model makes its own layers, and freezes them: it loads all the same.
+            warnings.warn(
                 f"Expected the {len(self._groups)} variables that this optimizer trained when it "
-                f"was made. Received: {len(variables)} variables. What is trainable has changed "
-                "since: compile the model again (load it with compile=False first)."
+                f"was saved. Received: {len(variables)} variables. It begins anew and trains them "
+                "at one rate, that of its first group: compile the model again before you train.",
+                stacklevel=2,
             )
+            self._members, self._rates = self._members[:1], self._rates[:1]
+            self._groups = [0] * len(variables)
         for member, of_member in zip(self._members, self._split(variables), strict=True):
             if not member.built:
                 member.build(of_member)
@@ -289,10 +293,11 @@ class GroupedOptimizer(keras.optimizers.Optimizer):
     @property
     def learning_rate(self) -> Any:
         """The rate of the first group, of its last step where it changes from step to step; during
-        a warm-up that which it rises to. Setting it scales the others in proportion."""
+        a warm-up that which it rises to. Setting it scales the others in proportion; it is no
+        variable, whose `assign` would leave them out."""
         rate = self._rates[0]
         if rate is None or not rate.warmup_steps:
-            return self._members[0].learning_rate
+            return keras.ops.copy(self._members[0].learning_rate)
         # What somebody sets by it must not be the smaller for the warm-up, or would be so for good.
         return self._factor * rate.warmed_up(keras.ops.maximum(self._iterations - 1, 0))
 

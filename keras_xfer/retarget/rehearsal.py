@@ -25,6 +25,7 @@ from keras_xfer.retarget.carrying import fresh, grouped, loss_scaled
 from keras_xfer.retarget.grouped_optimizer import GroupedOptimizer, StageRate, number
 from keras_xfer.retarget.random_state import random_state, set_random_state
 from keras_xfer.retarget.trainer import distribution_scope, own_train_step, sync
+from keras_xfer.retarget.training_state import other_optimizers
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def rehearsal(
     They are taken by a fresh optimizer with the configuration of the model's, but for its rate,
     which is a number, and for gradient accumulation, which is off. The groups of a
     `GroupedOptimizer` keep their proportion to the first. All is put back at the end, also after an
-    exception: the optimizer, which has not been touched; all variables, with metrics and seeds; the
+    exception: the optimizer, which has not been touched, and others that the model has; all variables, with metrics and seeds; the
     train function; the gradients and generators of torch.
 
     Args:
@@ -57,12 +58,15 @@ def rehearsal(
         key: np.array(keras.ops.convert_to_numpy(v), copy=True) for key, v in variables.items()
     }
     optimizer, train_function = model.optimizer, getattr(model, "train_function", None)
+    own = other_optimizers(model)
     others = {name: getattr(model, name) for name in ("steps_per_execution", "stop_training")}
     gradients, compiled = _gradients(model), _compiled(model)
     with kept_random_state():
         try:
             with distribution_scope(model):
                 model.optimizer = _like(optimizer, model.trainable_variables, learning_rate)
+                for name, other in own.items():
+                    setattr(model, name, type(other).from_config(other.get_config()))
             model.steps_per_execution = 1
             _set_compiled(model, *map(_unbuilt_copy, compiled))
             with own_train_step(model):
@@ -73,7 +77,7 @@ def rehearsal(
                 # What an interrupted step has left there would be written over what follows.
                 model._jax_state, model._jax_state_synced = None, True
             model.optimizer, model.train_function = optimizer, train_function
-            for name, value in others.items():
+            for name, value in {**own, **others}.items():
                 setattr(model, name, value)
             model.reset_metrics()  # also those that the first step has built
             _set_compiled(model, *compiled)

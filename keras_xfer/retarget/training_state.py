@@ -59,7 +59,8 @@ def capture(model: keras.Model, *, live_rates: bool = False) -> dict[str, Any]:
         "trainable": freezing.thawed(model, by_place=True),
         "optimizer": None if optimizer is None else _captured(optimizer, model.variables),
         "other_optimizers": {
-            name: _captured(other, model.variables) for name, other in _others(model).items()
+            name: _captured(other, model.variables)
+            for name, other in other_optimizers(model).items()
         },
     }
     return state if live_rates else as_data(state)
@@ -84,7 +85,7 @@ def restore(model: keras.Model, state: Mapping[str, Any]) -> None:
         for variable, value in zip(variables, state["variables"], strict=True):
             variable.assign(value)
         freezing.restore_thawed(model, state["trainable"], by_place=True)
-        for name, other in _others(model).items():
+        for name, other in other_optimizers(model).items():
             if name in state["other_optimizers"]:
                 setattr(model, name, _restored(other, state["other_optimizers"][name], variables))
         if state["optimizer"] is None or getattr(model, "optimizer", None) is None:
@@ -148,7 +149,7 @@ def optimizer_differences(model: keras.Model, state: Mapping[str, Any]) -> list[
     return found
 
 
-def _others(model: keras.Model) -> dict[str, Any]:
+def other_optimizers(model: keras.Model) -> dict[str, Any]:
     """Optimizers of the model's own, besides that of `compile`, by attribute."""
     return {
         name: value

@@ -12,7 +12,8 @@ def current_stage(model: Any) -> int | None:
 
 
 def set_current_stage(model: Any, index: int | None) -> None:
-    """Say which stage `model` is in; None when its schedule has ended."""
+    """Say which stage `model` is in, at the beginning of each epoch; None when its schedule has
+    ended, and before a `fit` that may have none."""
     if index is None:
         _current.pop(model, None)
     else:

@@ -285,6 +285,15 @@ def test_another_schedule_is_refused_unless_asked_for(tmp_path):
     np.testing.assert_allclose(history.history["learning_rate"][2:], [1e-3, 2e-3], rtol=1e-6)
 
 
+def test_a_run_that_was_over_goes_on_by_a_longer_schedule(tmp_path):
+    run(tmp_path, callbacks=[StagedUnfreezing(stages()[:2])], delete_checkpoint=False)
+    told = {"delete_checkpoint": False, "accept_changes": True}
+    _, same = run(tmp_path, callbacks=[StagedUnfreezing(stages()[:2])], **told)
+    assert same.epoch == [0, 1]
+    _, longer = run(tmp_path, **told)
+    assert longer.history["stage"] == [0, 1, 2, 2]
+
+
 def test_a_schedule_where_there_was_none_is_refused(tmp_path):
     run(tmp_path, until=2, callbacks=[])
     with pytest.raises(BackupError, match="there was no StagedUnfreezing"):

@@ -259,6 +259,26 @@ def assert_same(one, other):
         np.testing.assert_equal(other[name], one[name], err_msg=name)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="its train steps are stateless")
+def test_other_optimizers_of_the_model_are_left_as_they_were():
+    class Two(keras.Sequential):
+        def train_step(self, *args):
+            logs = super().train_step(*args)
+            kernel = self.layers[0].kernel
+            self.extra.apply([keras.ops.ones_like(kernel)], [kernel])
+            return logs
+
+    model = Two([keras.Input((6,)), keras.layers.Dense(3)])
+    model.compile("sgd", LOSS(from_logits=True), run_eagerly=True)
+    model.extra = extra = keras.optimizers.SGD(0.1, momentum=0.9)
+    x, y = data()
+    model.fit(x, y, verbose=0)
+    before = [value(v) for v in extra.variables]
+    find_learning_rate(model, x, y, **SEARCH)
+    assert model.extra is extra
+    np.testing.assert_equal([value(v) for v in extra.variables], before)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_later_fit_is_what_it_would_have_been(name):
     """Shuffled, with Dropout and BatchNormalization: searched before the first fit and between two."""

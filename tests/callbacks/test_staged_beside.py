@@ -32,6 +32,14 @@ def run(callback, before, *, model=None, values=(1, 2, 3, 4, 5), stages=TWO, **k
     )
 
 
+def test_an_optimizer_of_several_is_refused_before_anything_trains():
+    several = keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1))
+    )
+    with pytest.raises(ValueError, match="MultiOptimizer.*'head'"):
+        run(keras.callbacks.History(), True, model=compiled(several))
+
+
 @ORDERS
 def test_early_stopping(before):
     stop = keras.callbacks.EarlyStopping("score", mode="min", patience=2)

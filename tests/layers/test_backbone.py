@@ -988,6 +988,14 @@ def test_dtype_casts_the_output_alone(dtype):
     )
 
 
+def test_pooling_computes_as_the_model_does():
+    keras.config.set_dtype_policy("float32")
+    inner = keras.Sequential([keras.Input((2, 2, 1)), layers.Rescaling(1.0)])
+    keras.config.set_dtype_policy("mixed_float16")
+    pooled = Backbone(inner, pooling="avg", dtype="float32")(np.full((1, 2, 2, 1), 1e5, "float32"))
+    assert numpy_of(pooled).tolist() == [[1e5]]  # more than float16 holds
+
+
 def test_integer_outputs_are_not_cast():
     inner = keras.Sequential([keras.Input((4,)), layers.Discretization([0.0])])
     output = Backbone(inner)(data(3, 4))

@@ -253,7 +253,20 @@ def test_some_of_its_variables_may_be_applied():
         hand.apply(optimizer, [np.ones(1, "float32")], hand.variables({"x": (1,)}))
 
 
-def test_another_number_of_variables_is_refused():
-    grouped = GroupedOptimizer([keras.optimizers.SGD()], groups=[0, 0])
-    with pytest.raises(ValueError, match="compile the model again"):
-        grouped.build([keras.Variable(1.0)])
+def test_another_number_of_variables_trains_at_the_rate_of_the_first_group():
+    grouped = GroupedOptimizer(
+        [keras.optimizers.SGD(0.5), keras.optimizers.SGD(0.1)], groups=[0, 1]
+    )
+    variable = keras.Variable(1.0)
+    with pytest.warns(UserWarning, match="compile the model again"):
+        grouped.build([variable])
+    grouped.apply([keras.ops.convert_to_tensor(1.0)], [variable])
+    assert float(hand.values([variable])[0]) == 0.5
+
+
+def test_the_rate_that_is_read_cannot_be_assigned_to():
+    model = compiled(keras.optimizers.SGD(1.0))
+    grouped(model, StageRate(0.5), StageRate(0.1))
+    with pytest.raises(AttributeError):
+        model.optimizer.learning_rate.assign(0.25)  # which would change the head's alone
+    assert float(hand.values([model.optimizer.learning_rate])[0]) == 0.5
