@@ -64,7 +64,7 @@ def make_augmentation(
         keras.config.set_dtype_policy(before)
 
 
-def augmentation_ranges(strength: float) -> dict[str, float]:
+def augmentation_ranges(strength: float) -> dict[str, Any]:
     """How far `make_augmentation` goes at a strength: up to a half it shifts and zooms, above it turns
     and shears too.
 

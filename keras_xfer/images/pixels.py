@@ -201,7 +201,7 @@ def upright(image: Image.Image) -> Image.Image:
     good pixels where it cannot: https://github.com/python-pillow/Pillow/issues/4238
     """
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged data can raise anything; viewers show such a picture unturned
         return image
     return image if turn is None else image.transpose(turn)

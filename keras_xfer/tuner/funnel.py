@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import keras_tuner
+import numpy as np
 
 from keras_xfer.extras import require
 from keras_xfer.features import FeatureCache
@@ -18,6 +19,7 @@ from keras_xfer.tuner.durable import DurableOracle, DurableTuner, is_worker
 from keras_xfer.tuner.hyper_transfer import HyperTransfer
 from keras_xfer.tuner.progress import SearchProgress
 from keras_xfer.tuner.search_result import SearchResult, search_result
+from keras_xfer.tuner.space import THAWED
 
 _FEATURES = "features"
 
@@ -46,7 +48,8 @@ def funnel_search(
     What the frozen backbone gives for an image is computed once. On that, `max_trials` candidates
     train their heads, by successive halving: all for a few epochs, the best `1/factor` of them for
     `factor` times as many, until `head_epochs`. The `finalists` alone are fine-tuned, each from its
-    head as it was left.
+    head as it was left. What acts in fine-tuning alone, such as `unfreeze` and
+    `backbone_learning_rate`, is spread evenly over them: a head's score says nothing of it.
 
     A search that was killed goes on when it is called again with the same arguments. A trial that
     fails is recorded with its traceback, and the search goes on; one in which all failed begins anew
@@ -173,7 +176,8 @@ def funnel_search(
 
 
 class FunnelOracle(DurableOracle, keras_tuner.Oracle):
-    """Which trials a funnel runs: candidates at random, halved in rounds, then the finalists.
+    """Which trials a funnel runs: candidates at random, halved in rounds, then the finalists, over
+    which the values of what acts once the backbone thaws are spread anew.
 
     Args:
         objective: str or `keras_tuner.Objective`.
@@ -258,8 +262,23 @@ class FunnelOracle(DurableOracle, keras_tuner.Oracle):
                     key=lambda trial: (sign * trial.score, trial.trial_id),
                 )
                 values = dict(best.hyperparameters.values)
+                if number + 1 == len(self.rounds):
+                    count = min(self.rounds[number][0], len(done))
+                    values |= self._spread(values, len(taken), count)
                 return self._begin(trial_id, number, values, best.trial_id)
         return {"status": "IDLE" if self.ongoing_trials else "STOPPED"}
+
+    def _spread(self, values: dict[str, Any], place: int, count: int) -> dict[str, Any]:
+        """What acts once the backbone thaws, for one of `count` finalists: a Latin hypercube, since
+        the scores of heads say nothing of it, and a few values at random may all lie in one end."""
+        rng = np.random.default_rng(self.seed)
+        spread = {}
+        for each in self.hyperparameters.space:
+            if each.name in THAWED:
+                strata = (rng.permutation(count) + rng.random(count)) / count
+                if each.name in values:
+                    spread[each.name] = each.prob_to_value(float(strata[place]))
+        return spread
 
     def _begin(
         self, trial_id: str, number: int, values: dict[str, Any], past_id: str | None

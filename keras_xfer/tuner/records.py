@@ -134,10 +134,10 @@ def trials_table(project: Path, trials: Mapping[str, Any], objective: Any) -> "p
                 "best_epoch": None,
                 "epochs": 0,
                 "seconds": 0.0,
-                **hyperparameters(trial),
                 "error": "",
             },
         )
+        row |= hyperparameters(trial)  # a finalist has others of what acts once the backbone thaws
         if row["status"] != "completed":  # what failed later is told by `error` and `stage`
             row["status"] = outcome["status"]
         row["stage"] = outcome["stage"] or row["stage"]

@@ -105,6 +105,8 @@ PARAMETERS = (
     Parameter("batch_norm", "frozen", choices=("frozen", "affine", "train"), of="stages"),
 )
 NAMES = tuple(parameter.name for parameter in PARAMETERS)
+# What a head that trains alone does not depend on.
+THAWED = frozenset(parameter.name for parameter in PARAMETERS if parameter.of == "stages")
 TUNED = (
     "backbone",
     "pooling",

@@ -138,7 +138,7 @@ def finalist(whole, shuffle, callbacks=(), cache=None):
                key=lambda t: trials[t]["score"])  # fmt: skip
     line = chain(trials, last)
     assert len(line) == 3
-    drawn = {k: v for k, v in values(trials[line[0]]).items() if not k.startswith("tuner/")}
+    drawn = {k: v for k, v in values(trials[line[-1]]).items() if not k.startswith("tuner/")}
     hp = hypermodels.drawn(**drawn, head_epochs=4)
     keras.utils.set_random_seed(SEED + int(line[0]))
     keras.backend.clear_session()

@@ -208,6 +208,27 @@ def test_each_round_takes_the_best_of_the_one_before(objective, workers, factor)
     assert [len(trials) for trials in by_round(oracle)] == [size for size, _ in oracle.rounds]
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_acts_once_the_backbone_thaws_is_spread_over_the_finalists(seed, tmp_path):
+    hp = space()
+    hp.Float("backbone_learning_rate", 1e-5, 1e-3, sampling="log")
+    hp.Choice("unfreeze", [0.25, 0.6])
+    plan = {"hp": hp, "finalists": 5, "head_epochs": 9, "seed": seed}
+    whole, half = make(20, **plan), make(20, folder=tmp_path, **plan)
+    drive(whole)
+    drive(half, most=len(whole.trials) - 3)  # cut off among the finalists
+    rest = make(20, folder=tmp_path, **plan)
+    drive(rest)
+    for oracle in (whole, rest):
+        check(oracle)
+        *_, finalists = by_round(oracle)
+        rates = [trial.hyperparameters.get("backbone_learning_rate") for trial in finalists]
+        # One in each fifth of the range, by its logarithm.
+        assert sorted(math.floor(5 * (math.log10(rate) + 5) / 2) for rate in rates) == [*range(5)]
+        starts = [trial.hyperparameters.get("unfreeze") for trial in finalists]
+        assert sorted(map(starts.count, (0.25, 0.6))) == [2, 3]
+
+
 def test_a_later_score_counts_and_not_that_of_the_head():
     oracle = make(12, finalists=1, head_epochs=8, factor=2)
     scores = iter([*range(12), *(10 - i for i in range(6)), *range(99)])
