@@ -246,6 +246,7 @@ _READ: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (np.ndarray, _Reader._array),
     (np.generic, lambda the, each: the._array(np.asarray(each))),
     (np.dtype, lambda _, each: ["dtype", str(each)]),
+    (keras.DTypePolicy, lambda _, each: ["dtype policy", each.name]),
     (_PLAIN, lambda _, each: [type(each).__name__, repr(each)]),
     (re.Pattern, lambda the, each: ["pattern", the.of(each.pattern), each.flags]),
     (os.PathLike, lambda the, each: ["path", the.of(os.fspath(each))]),

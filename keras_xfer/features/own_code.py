@@ -73,6 +73,8 @@ def _held(value: Any, fingerprint: code.Fingerprints) -> Any:
     """A value that a layer holds, in JSON."""
     if isinstance(value, _TOLD_ELSEWHERE):
         return None
+    if value is None or isinstance(value, str | bool | int | float):  # a vocabulary may be long
+        return value
     if isinstance(value, Mapping):
         items = [[fingerprint(key), _held(item, fingerprint)] for key, item in value.items()]
         return {"mapping": sorted(items, key=lambda item: str(item[0]))}

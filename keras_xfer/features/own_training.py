@@ -67,7 +67,7 @@ def _is_of_a_layer(called: ast.expr, function: types.FunctionType, layer: keras.
         case ast.Attribute(ast.Name(name), attribute) if name == known[0]:  # self
             value = getattr(layer, attribute, None)
             own = isinstance(value, types.MethodType) and value.__self__ is layer
-            return own or isinstance(value, keras.Layer)
+            return own or value is None or isinstance(value, keras.Layer)  # None is not called
     while not isinstance(called, ast.Name):
         if isinstance(called, ast.Attribute | ast.Subscript):
             called = called.value

@@ -10,7 +10,7 @@ from keras_xfer import freezing
 from keras_xfer.layers.backbone import Backbone
 
 # What Keras calls the input of a graph that has got no name. Tried on Keras 3.15.1.
-_AUTOMATIC_NAME = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
+_AUTOMATIC_NAME = re.compile(r"(keras_tensor|input_layer)(_\d+)?(CLONE)*")
 
 
 class Cut(NamedTuple):

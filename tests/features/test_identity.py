@@ -285,8 +285,9 @@ class Table:
         (lambda n: Table(n * np.ones(2)), 1, 2),
         (lambda n: fractions.Fraction(n, 3), 1, 2),
         (lambda n: collections.deque([n]), 1, 2),
+        (keras.DTypePolicy, "float32", "bfloat16"),
     ],
-    ids=["float", "str", "tensor", "list", "dict", "object", "Fraction", "deque"],
+    ids=["float", "str", "tensor", "list", "dict", "object", "Fraction", "deque", "policy"],
 )
 def test_what_a_layer_of_ones_own_is_told_afterwards_matters(make, one, other):
     def holding(value):

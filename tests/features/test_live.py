@@ -194,10 +194,12 @@ class Block(layers.Layer):
 
     def __init__(self, *inner, **kwargs):
         super().__init__(**kwargs)
-        self.first, self.rest = inner[0], list(inner[1:])
+        self.first, self.rest, self.drop = inner[0], list(inner[1:]), None
 
     def call(self, inputs, training=None):
         x = self.first(inputs, training=training)
+        if self.drop is not None:
+            x = self.drop(x, training=training)
         return self.tail(x, training=training)
 
     def tail(self, x, training):
