@@ -1,7 +1,8 @@
 """Never compute a frozen layer twice: `FeatureCache`, `split_model` and `fit_staged`.
 
 A model in two:
-- `split`: `split_model`; `live`: what in a prefix acts otherwise while training.
+- `split`: `split_model`; `masks`: what could not cross a cut; `live`, `own_training`: what in a prefix
+  acts otherwise while training.
 
 A schedule on cached features:
 - `fit_staged`; `boundaries`: where each stage is cut; `training_data`: what it is fed;
@@ -10,7 +11,8 @@ A schedule on cached features:
 The cache:
 - `cache`: `FeatureCache`; `dataset`, `tf_dataset`, `order`: `CachedFeatures`, its batches and their
   order.
-- What an entry is known by: `identity` (layers), `code` (functions), `source` (data), `digests`.
+- What an entry is known by: `identity` (layers), `own_code` (those of users), `code` and `bytecode`
+  (functions), `source` (data), `digests`.
 - How it is computed: `extraction`, `reading`, `progress`, `nesting`.
 - How it lies on disk: `store` (the folder, locks, eviction), `entry` (shards), `manifest`.
 """

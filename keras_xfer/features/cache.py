@@ -3,12 +3,14 @@
 import datetime
 import functools
 import os
+import sys
 import warnings
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_xfer import freezing, tables
+from keras_xfer._version import __version__
 from keras_xfer.features import digests, identity, live
 from keras_xfer.features.dataset import CachedFeatures, OpenEntry
 from keras_xfer.features.entry import Columns, Entry
@@ -144,7 +146,7 @@ class FeatureCache:
         source = source_of(data, batch_size=batch_size, key=key)
         told = {
             "format": FORMAT,
-            "keras": keras.__version__.partition(".")[0],
+            "versions": _versions(),
             "extractor": extractor_identity,
             "inputs": source.inputs(),
             "input_names": _input_names(extractor, source),
@@ -295,6 +297,13 @@ def check_views(extractor: keras.Layer, views: int) -> None:
     """Refuse an extractor whose features `views` passes do not hold."""
     if isinstance(views, bool) or not isinstance(views, int) or views < 1:
         raise ValueError(f"Expected views to be an int of at least 1. Received: views={views!r}.")
+    if own := live.own_layers(extractor):
+        raise ValueError(
+            "Expected layers of which it is known what they do while training. Received: "
+            f"{_named(own)}, which may act by code of their own. Let them draw from a "
+            "keras.random.SeedGenerator that they keep, which views=K can repeat, leave `training` "
+            "out of a call that does not need it, or put them inside a keras_xfer Backbone."
+        )
     acting = live.live_layers(extractor)
     random = {id(layer) for layer in live.random_layers(extractor)}
     moving = [layer for layer in acting if id(layer) not in random]
@@ -315,6 +324,14 @@ def check_views(extractor: keras.Layer, views: int) -> None:
             "Expected a random layer (augmentation) in the extractor, of which views are stored. "
             f"Received: views={views}, which would all be equal. Pass views=1."
         )
+
+
+def _versions() -> list[str]:
+    """Of what computes: its layers go by their names, and in another may give other features."""
+    backend = keras.backend.backend()
+    library = getattr(sys.modules.get(backend), "__version__", "")
+    minor = [".".join(version.split(".")[:2]) for version in (keras.__version__, library)]
+    return [*minor, backend, __version__]
 
 
 def _named(layers: list[keras.Layer]) -> str:

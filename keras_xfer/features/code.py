@@ -4,8 +4,11 @@ Code of Python's own library and of the packages that features are computed by g
 That of users may be edited between two runs, so it goes by its bytecode and all that it reads.
 """
 
-import dis
+import collections
+import datetime
+import decimal
 import enum
+import fractions
 import functools
 import json
 import os
@@ -18,11 +21,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_xfer.features import digests
+from keras_xfer.features import bytecode, digests
 
 # Those that compute: their functions go by name, and they change with their versions.
 _COMPUTING = {"keras", "keras_xfer", "tensorflow", "torch", "jax", "jaxlib", "numpy"}
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+# Of Python itself, and said by their repr.
+_PLAIN = (
+    *(slice, range, bytearray, decimal.Decimal, fractions.Fraction),
+    *(datetime.date, datetime.time, datetime.timedelta),
+)
 # Of what is written in double underscores, this alone computes.
 _CALLED = {"__init__", "__call__"}
 
@@ -78,6 +86,7 @@ class _Reader:
         self._config = config
         self._met: dict[int, int] = {}  # what was read already: the number of it
         self._kept: list[Any] = []  # so that no other object gets the id of one of them
+        self._open: list[types.ModuleType] = []  # those being read, which may name each other
 
     def of(self, value: Any) -> Any:
         """Anything, in JSON."""
@@ -124,23 +133,29 @@ class _Reader:
             self.code(code),
             self.of(function.__defaults__),
             self.of(function.__kwdefaults__),
-            [self._cell(cell) for cell in function.__closure__ or ()],
         ]
+        reads = bytecode.reads_of(code)
+        cells = [self._cell(cell, reads.names) for cell in function.__closure__ or ()]
         if _is_installed(module):  # what it reads changes with the version of its package
-            return [*told, path_of(function), _version(module)]
-        read, names = _read_by(code)
+            return [*told, cells, path_of(function), _version(module)]
         space = function.__globals__
-        for name in sorted(read & space.keys()):
-            value = space[name]
-            if isinstance(value, types.ModuleType):
-                told.append([name, self._module(value, names)])
-            else:
-                told.append([name, self.of(value)])
-        return told
+        read = [
+            [name, self._read(space[name], reads.names)]
+            for name in sorted(reads.globals & space.keys())
+        ]
+        imported = [
+            [name, self._read(sys.modules.get(name), reads.names)]
+            for name in sorted(bytecode.modules(reads.imports, space))
+        ]
+        return [*told, cells, read, imported]
 
-    def _cell(self, cell: types.CellType) -> Any:
+    def _read(self, value: Any, names: set[str]) -> Any:
+        """A value that code with these names in it reads."""
+        return self._module(value, names) if isinstance(value, types.ModuleType) else self.of(value)
+
+    def _cell(self, cell: types.CellType, names: set[str]) -> Any:
         try:
-            return self.of(cell.cell_contents)
+            return self._read(cell.cell_contents, names)
         except ValueError:  # it is empty
             return "empty"
 
@@ -149,7 +164,12 @@ class _Reader:
         name = module.__name__
         if is_of_the_stack(name) or _is_installed(name):
             return ["module", name, _version(name)]
-        read = {each: self.of(vars(module)[each]) for each in sorted(names & vars(module).keys())}
+        if module in self._open:
+            return ["module", name]
+        self._open.append(module)
+        space = vars(module)
+        read = {each: self._read(space[each], names) for each in sorted(names & space.keys())}
+        self._open.remove(module)
         return ["module", name, read]
 
     def _class(self, cls: type) -> Any:
@@ -216,7 +236,9 @@ _READ: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (functools.cached_property, lambda the, each: ["property", the.of(each.func)]),
     (enum.Enum, lambda _, each: ["enum", path_of(type(each)), each.name]),
     (type, _Reader._class),
-    ((list, tuple), lambda the, each: [type(each).__name__, [the.of(item) for item in each]]),
+    ((list, tuple, collections.deque), lambda the, each: [
+        type(each).__name__, [the.of(item) for item in each]
+    ]),
     ((set, frozenset), lambda the, each: [
         "set", sorted((the.of(item) for item in each), key=json.dumps)
     ]),
@@ -224,6 +246,8 @@ _READ: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (np.ndarray, _Reader._array),
     (np.generic, lambda the, each: the._array(np.asarray(each))),
     (np.dtype, lambda _, each: ["dtype", str(each)]),
+    (keras.DTypePolicy, lambda _, each: ["dtype policy", each.name]),
+    (_PLAIN, lambda _, each: [type(each).__name__, repr(each)]),
     (re.Pattern, lambda the, each: ["pattern", the.of(each.pattern), each.flags]),
     (os.PathLike, lambda the, each: ["path", the.of(os.fspath(each))]),
 )  # fmt: skip
@@ -251,19 +275,3 @@ def _is_installed(module: str | None) -> bool:
 def _version(module: str) -> str:
     package = sys.modules.get(module.partition(".")[0])
     return str(getattr(package, "__version__", ""))
-
-
-def _read_by(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """The globals that code reads and never sets, and all names in it, with what is nested."""
-    read, written, names = set(), set(), set(code.co_names)
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            read.add(instruction.argval)
-        elif instruction.opname == "STORE_GLOBAL":  # state, such as a count of calls
-            written.add(instruction.argval)
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            inner_read, inner_names = _read_by(each)
-            read |= inner_read
-            names |= inner_names
-    return read - written, names

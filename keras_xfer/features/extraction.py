@@ -189,8 +189,7 @@ def _seeds(extractor: keras.Layer) -> list[keras.random.SeedGenerator]:
         id(value): value
         for layer in live.random_layers(extractor)
         for inner in freezing.walk(layer)
-        for value in vars(inner).values()
-        if isinstance(value, keras.random.SeedGenerator)
+        for value in live.generators(inner)
     }
     return list(found.values())
 

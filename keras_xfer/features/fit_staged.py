@@ -90,7 +90,10 @@ def fit_staged(
         **fit_kwargs: further arguments of `Model.fit`: `batch_size`, `class_weight`,
             `sample_weight`, `shuffle`, `initial_epoch`, `validation_batch_size`,
             `validation_freq`, `validation_split`. With `steps_per_epoch` or `validation_steps`
-            nothing is cached.
+            nothing is cached. Where a stage is cached, `shuffle` holds for datasets too, of which
+            `fit` would leave the order to them: by default the rows that were kept come in a new
+            order in every epoch; with `shuffle=False` always in that of the one pass that was kept,
+            which is right for data in order and not for data that shuffle themselves.
 
     Returns:
         keras.callbacks.History.

@@ -5,7 +5,6 @@ are left out, and where a graph refers to a layer by name its place in the graph
 """
 
 import base64
-import functools
 import marshal
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_xfer import files, freezing, handles
-from keras_xfer.features import code, digests
+from keras_xfer.features import code, digests, own_code
 from keras_xfer.features.unchanged import once
 from keras_xfer.layers.hub_module import HubModule
 
@@ -57,6 +56,7 @@ def _of_extractor(extractor: Any) -> dict[str, Any]:
             f"extractor={extractor!r} of type {type(extractor).__name__}."
         )
     layers = freezing.walk(extractor)
+    canonical = _Canonical(layers)
     # A wrapper around what is built, such as a Backbone, is built when it is first called.
     if not extractor.built and not (layers[1:] and all(layer.built for layer in layers[1:])):
         raise ValueError(
@@ -65,7 +65,7 @@ def _of_extractor(extractor: Any) -> dict[str, Any]:
             "extractor.build(input_shape)."
         )
     return {
-        "structure": _structure(extractor, layers),
+        "structure": _structure(extractor, layers, canonical),
         "weights": digests.of_arrays(
             np.asarray(keras.ops.convert_to_numpy(weight)) for weight in extractor.weights
         ),
@@ -75,14 +75,15 @@ def _of_extractor(extractor: Any) -> dict[str, Any]:
             for layer in layers
             if hasattr(layer, "get_vocabulary")
         ],
-        "code": digests.of_json(_codes(layers)),
+        "code": digests.of_json(
+            own_code.of_layers(layers, lambda each: canonical.config(each.get_config()))
+        ),
         # What pools or slices without saying where the channels are goes by this.
         "image_data_format": keras.config.image_data_format(),
     }
 
 
-def _structure(extractor: keras.Layer, layers: list[keras.Layer]) -> Any:
-    canonical = _Canonical(layers)
+def _structure(extractor: keras.Layer, layers: list[keras.Layer], canonical: "_Canonical") -> Any:
     try:
         own = [_class_of(extractor), canonical.of_layer(extractor)]
     except Exception as error:
@@ -209,7 +210,7 @@ class _Canonical:
         if hasattr(value, "__array__"):
             return {"array": digests.of_arrays([np.asarray(keras.ops.convert_to_numpy(value))])}
         if isinstance(value, types.FunctionType):
-            return {"function": value.__name__}  # see _codes
+            return {"function": value.__name__}  # see `own_code`
         return self._value(keras.saving.serialize_keras_object(value), places)
 
     def _object(self, value: Mapping[str, Any], places: Mapping[str, int]) -> Any:
@@ -262,49 +263,3 @@ def _is_automatic(name: str, class_name: str) -> bool:
 
 def _class_of(thing: Any) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
-
-
-def _codes(layers: list[keras.Layer]) -> list[Any]:
-    """What the classes and functions of users do: a `call` that is edited gives other features
-    under the same configuration, and Keras tells functions by their bare name. Those of Keras and
-    of this package change with their versions."""
-    canonical = _Canonical(layers)
-    fingerprint = code.Fingerprints(lambda thing: canonical.config(thing.get_config()))
-    codes: list[Any] = []
-    for layer in layers:
-        codes.extend(
-            [cls.__qualname__, fingerprint(cls)]
-            for cls in type(layer).__mro__
-            if not code.is_of_the_stack(cls.__module__)
-        )
-        if type(layer).__module__.partition(".")[0] == "keras_xfer":
-            continue  # its configuration says it all
-        # What every layer has is of Keras, or for training.
-        codes.extend(
-            [name, fingerprint(value)]
-            for name, value in sorted(vars(layer).items())
-            if not (name in _of_every_layer() or name.startswith(("_self_", "_compile")))
-            and not freezing.holds_back_training(value)
-            and _has_code(value, layers)
-        )
-    return codes
-
-
-def _has_code(value: Any, layers: list[keras.Layer]) -> bool:
-    """Whether it is a function, whatever is around it, or holds one."""
-    if isinstance(value, Mapping):
-        return any(_has_code(each, layers) for each in value.values())
-    if isinstance(value, list | tuple):
-        return any(_has_code(each, layers) for each in value)
-    if isinstance(value, types.MethodType):  # those of the layers are part of their classes
-        return all(value.__self__ is not layer for layer in layers)
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
-        return True
-    if not callable(value) or isinstance(value, keras.Layer):
-        return False
-    return not code.is_of_the_stack(type(value).__module__) or hasattr(value, "python_function")
-
-
-@functools.cache
-def _of_every_layer() -> frozenset[str]:
-    return frozenset([*vars(keras.layers.Layer()), *vars(keras.Model())])

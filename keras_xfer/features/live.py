@@ -1,11 +1,14 @@
 """What in an extractor acts otherwise while training, so that its features are not fixed."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_xfer import freezing
+from keras_xfer.features.own_training import acts_by_own_code
 from keras_xfer.layers.backbone import Backbone
 from keras_xfer.layers.backbone_part import BackbonePart
 
@@ -37,7 +40,7 @@ class Still(keras.layers.Layer):
 
 def live_layers(extractor: keras.Layer) -> list[keras.Layer]:
     """The layers of `extractor` that act otherwise while training: augmentation, dropout and noise,
-    BatchNormalization whose statistics move.
+    BatchNormalization whose statistics move, and what may by code of its user's own.
 
     What a `Backbone` holds is not among them: what is frozen there runs in inference mode. In an
     extractor without one, which as a whole is a pretrained model, only augmentation is: nobody
@@ -47,13 +50,29 @@ def live_layers(extractor: keras.Layer) -> list[keras.Layer]:
         return []
     outside = _outside_of_backbones(extractor)
     if len(outside) == len(freezing.walk(extractor)):
-        return [layer for layer in outside if _is_random(layer) and not _regularizes(layer)]
-    return [layer for layer in outside if _is_random(layer) or _moves(layer)]
+        return [layer for layer in outside if _draws(layer) and not _regularizes(layer)]
+    return [layer for layer in outside if _draws(layer) or _moves(layer) or acts_by_own_code(layer)]
 
 
 def random_layers(extractor: keras.Layer) -> list[keras.Layer]:
     """Those of `live_layers` that draw random numbers, which `views` can store."""
     return [layer for layer in live_layers(extractor) if _is_random(layer)]
+
+
+def own_layers(extractor: keras.Layer) -> list[keras.Layer]:
+    """Those of `live_layers` of which only their user knows what they do: they take `training`, or
+    draw from what no seed repeats."""
+    return [layer for layer in live_layers(extractor) if not (_is_random(layer) or _moves(layer))]
+
+
+def generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
+    """What `layer` itself draws from."""
+    found = {
+        id(each): each
+        for each in _values(vars(layer))
+        if isinstance(each, keras.random.SeedGenerator)
+    }
+    return list(found.values())
 
 
 def call(extractor: keras.Layer, inputs: Any, *, augment: bool) -> Any:
@@ -91,7 +110,26 @@ def _outside_of_backbones(layer: keras.Layer) -> list[keras.Layer]:
 def _is_random(layer: keras.Layer) -> bool:
     if _is_recurrent(layer) and not (layer.dropout or layer.recurrent_dropout):
         return False  # it has a generator and never draws
-    return any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+    return bool(generators(layer))
+
+
+def _draws(layer: keras.Layer) -> bool:
+    return _is_random(layer) or any(_is_foreign_generator(each) for each in _values(vars(layer)))
+
+
+def _is_foreign_generator(value: Any) -> bool:
+    module = type(value).__module__.partition(".")[0]
+    named = type(value).__name__ == "Generator" and module in ("torch", "tensorflow")
+    return named or isinstance(value, np.random.Generator | np.random.RandomState | random.Random)
+
+
+def _values(value: Any) -> list[Any]:
+    """What is in a value, lists and dicts opened."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return [inner for each in value for inner in _values(each)]
+    return [value]
 
 
 def _regularizes(layer: keras.Layer) -> bool:

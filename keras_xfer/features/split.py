@@ -8,6 +8,7 @@ import keras
 
 from keras_xfer import freezing
 from keras_xfer.blocks import blocks
+from keras_xfer.features.masks import masked_tensors
 from keras_xfer.freezing import Node, Start
 from keras_xfer.layers.backbone import Backbone
 from keras_xfer.layers.backbone_part import BackbonePart, Cut
@@ -60,18 +61,7 @@ def split_model(
         raise TypeError(
             f"Expected a keras.Model. Received: model={model!r} of type {type(model).__name__}."
         )
-    graph = freezing.graph_of(model) if model.built else None
-    if graph is None:
-        why = (
-            "whose call is its own code, so that there is no graph to cut. Build it with the "
-            "functional API"
-            if model.built
-            else "which is not built: begin it with keras.Input"
-        )
-        raise ValueError(
-            f"Expected a built Sequential or functional model. Received: model={model.name!r}, "
-            f"{why}."
-        )
+    _check_graph(model)
     found = [layer for layer in freezing.walk(model) if isinstance(layer, Backbone)]
     if not found and backbone is None:
         if at == "head":
@@ -97,6 +87,7 @@ def split_between(
     """As `split_model`, with the layers of `body` (of the model where that is None) that are above;
     None: nothing of it is, and with `through_pooling` the pooling layers on top of it are below
     too. `at` is what messages call the cut."""
+    _check_graph(model)
     units = None if above is None else frozenset(map(id, above))
     chosen = _Choice(body, units, through_pooling)
     try:
@@ -108,6 +99,21 @@ def split_between(
             f"The nearest cuts: {', '.join(nearest) or 'none'}."
         ) from None
     return halves.below, halves.above
+
+
+def _check_graph(model: keras.Model) -> None:
+    """Raise where there is no graph to cut."""
+    if model.built and freezing.graph_of(model) is not None:
+        return
+    why = (
+        "whose call is its own code, so that there is no graph to cut. Build it with the "
+        "functional API"
+        if model.built
+        else "which is not built: begin it with keras.Input"
+    )
+    raise ValueError(
+        f"Expected a built Sequential or functional model. Received: model={model.name!r}, {why}."
+    )
 
 
 def _offered(model: keras.Model, body: Backbone | None, at: Start) -> list[str]:
@@ -185,7 +191,7 @@ def _halves(graph: Any, chosen: _Choice, name: str) -> _Halves:
     above_nodes = [nodes[i] for i, side in sides.items() if side == "above"]
     crossing = _crossing(above_nodes, below, outputs)
     tensors = [below[i] for i in crossing] + [each for i in inner for each in inner[i]]
-    _check_masks([(nodes, i, below[i]) for i in crossing])
+    _check_masks(nodes, crossing)
     prefix = keras.Model(inputs, _one_or_list(tensors), name=f"{name}_prefix")
 
     begins = [_input_like(tensor) for tensor in tensors]
@@ -294,6 +300,8 @@ def _backbone_halves(backbone: Backbone, units: frozenset[int]) -> Any:
     number = {
         id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
     }
+    if masked_tensors(nodes).intersection(outputs) and backbone.pooling is None:
+        _check_masks(nodes, crossing)  # where they begin above the cut, they are there
     graph: Any = freezing.graph_of(backbone.model)
     inputs = tuple(number[id(spec)] for spec in graph.inputs)
     cut = Cut(below, above, inputs, crossing, outputs)
@@ -357,9 +365,10 @@ def _one_or_list(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _check_masks(crossing: Iterable[tuple[Sequence[Node], int, Any]]) -> None:
-    for nodes, i, tensor in crossing:
-        if getattr(tensor, "_keras_mask", None) is not None:
+def _check_masks(nodes: Sequence[Node], crossing: Iterable[int]) -> None:
+    masked = masked_tensors(nodes)
+    for i in crossing:
+        if i in masked:
             layer = next(node.layer for node in nodes if i in node.outputs)
             raise _NoCutError(
                 f"the mask that layer {layer.name!r} ({type(layer).__name__}) hands on would have to "

@@ -1,12 +1,16 @@
 """`BackbonePart`: what of a `Backbone` runs below a cut through it, or above."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_xfer import freezing
 from keras_xfer.layers.backbone import Backbone
+
+# What Keras calls the input of a graph that has got no name. Tried on Keras 3.15.1.
+_AUTOMATIC_NAME = re.compile(r"(keras_tensor|input_layer)(_\d+)?(CLONE)*")
 
 
 class Cut(NamedTuple):
@@ -51,6 +55,11 @@ class BackbonePart(freezing.ExactTrainable, keras.layers.Layer):
         self.built = True
 
     @property
+    def nodes(self) -> Sequence[freezing.Node]:
+        """The calls that are run, in order."""
+        return self._cut.above if self.above else self._cut.below
+
+    @property
     def variables(self) -> list[Any]:
         """The variables of the part, after holding BatchNormalization to its policy."""
         self._backbone.enforce_batch_norm()
@@ -84,7 +93,7 @@ class BackbonePart(freezing.ExactTrainable, keras.layers.Layer):
                 for x, like in zip(given, self._graph().inputs, strict=True)
             ]
         values = dict(zip(cut.crossing if self.above else cut.inputs, given, strict=True))
-        for node in cut.above if self.above else cut.below:
+        for node in self.nodes:
             node.run(values, node.layer.compute_output_spec)
         if not self.above:
             return [values[i] for i in cut.crossing]
@@ -93,18 +102,15 @@ class BackbonePart(freezing.ExactTrainable, keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """What the part computes, as plain data: it tells two parts apart, and does not make one."""
         backbone, cut = self._backbone, self._cut
-        numbers: dict[int, int] = {}
-        nodes = [
-            [
-                keras.saving.serialize_keras_object(node.layer),
-                [numbers.setdefault(i, len(numbers)) for i in (*node.inputs, *node.outputs)],
-            ]
-            for node in (cut.above if self.above else cut.below)
-        ]
+        # By their place, so that equal parts are told in equal numbers.
+        begin = cut.crossing if self.above else cut.inputs
+        numbers = {i: number for number, i in enumerate(begin)}
+        nodes = [_told(node, numbers) for node in self.nodes]
         return {
+            "inputs": None if self.above else [_told_input(each) for each in self._graph().inputs],
             "nodes": nodes,
-            "crossing": [numbers.get(i, -1) for i in cut.crossing],
-            "outputs": [numbers.get(i, -1) for i in cut.outputs] if self.above else None,
+            "crossing": [numbers[i] for i in cut.crossing],
+            "outputs": [numbers[i] for i in cut.outputs] if self.above else None,
             "pooling": backbone.pooling if self.above else None,
             "dtype": backbone.compute_dtype,
         }
@@ -127,3 +133,33 @@ class BackbonePart(freezing.ExactTrainable, keras.layers.Layer):
 def _layers(nodes: Sequence[freezing.Node]) -> list[keras.Layer]:
     layers = {id(node.layer): node.layer for node in nodes}
     return [layer for layer in layers.values() if isinstance(layer, keras.Layer)]
+
+
+def arguments_of(node: freezing.Node, tensors: Mapping[int, Any]) -> tuple[Any, Any]:
+    """The arguments that the graph gives in this call, with `tensors` by number in place of its
+    tensors."""
+    given: list[tuple[Any, Any]] = []
+
+    def operation(*args: Any, **kwargs: Any) -> list[None]:
+        given.append((args, kwargs))
+        return [None] * len(node.outputs)
+
+    node.run(dict(tensors), operation)
+    return given[0]
+
+
+def _told(node: freezing.Node, numbers: dict[int, int]) -> list[Any]:
+    """A call: of what, with what, and what it gives, which is numbered here."""
+    tensors = {i: {"tensor": numbers[i]} for i in node.inputs}
+    arguments = arguments_of(node, tensors)
+    called = keras.saving.serialize_keras_object(node.layer)
+    if not isinstance(node.layer, keras.Layer):  # Keras numbers operations as a process makes them
+        called["config"].pop("name", None)
+    outputs = [numbers.setdefault(i, len(numbers)) for i in node.outputs]
+    return [called, keras.saving.serialize_keras_object(arguments), outputs]
+
+
+def _told_input(tensor: Any) -> list[Any]:
+    """What is made of an input before the first call, and by which name it is found in a dict."""
+    name = None if _AUTOMATIC_NAME.fullmatch(tensor.name) else tensor.name
+    return [name, tensor.dtype, len(tensor.shape)]

@@ -350,6 +350,11 @@ def test_why_a_backbone_without_a_graph_is_not_cut_inside(mode):
 # --- What would change ------------------------------------------------------------------------------
 
 
+class Shaky(layers.Layer):
+    def call(self, inputs, training=False):
+        return inputs + keras.random.normal(keras.ops.shape(inputs)) if training else inputs
+
+
 LIVE = {
     "augmentation": (
         lambda: layers.GaussianNoise(0.1, name="wobble"),
@@ -362,6 +367,10 @@ LIVE = {
     "normalization": (
         lambda: layers.BatchNormalization(name="bn"),
         r"'bn' \(BatchNormalization\) below the cut write to their weights.*inside the Backbone",
+    ),
+    "code of one's own": (
+        lambda: Shaky(name="wobble"),
+        r"'wobble' \(Shaky\) below the cut may act while training.*SeedGenerator.*inside the Backbone",
     ),
     "what trains": (
         lambda: layers.Dense(256, name="low"),

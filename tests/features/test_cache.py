@@ -315,28 +315,55 @@ STABLE = """
 import keras, numpy as np
 from keras_xfer.features.cache import FeatureCache
 
+class Own(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.told = {"words": {"a", "b", "c"}, "mean": np.ones(3), "of": [str, (1, None, slice(2))]}
+
+    def call(self, x):
+        return x - self.told["mean"][0]
+
 def compute(folder):
     inputs = keras.Input((4,))
     x = keras.layers.Dense(3, kernel_initializer="ones")(inputs)
     x = keras.layers.Dropout(0.5)(keras.layers.Dense(2, kernel_initializer="ones")(x) + 1.5)
-    model = keras.Model(inputs, [x, keras.layers.Flatten()(x) * 2])
+    model = keras.Model(inputs, [Own()(x), keras.layers.Flatten()(x) * 2])
     x = np.arange(8.0).reshape(2, 4)
     return FeatureCache(folder).features(model, (x, {"one": x, "other": x}), verbose=0)
 """
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="no backend is in what is hashed")
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="the same on every backend")
 def test_another_process_finds_what_this_one_has_computed(tmp_path, monkeypatch):
-    space = {}
+    space = {"__name__": "own"}
     exec(STABLE, space)  # noqa: S102 - the same lines in both processes
     data = space["compute"](tmp_path)
-    code = "keras.Model.predict_on_batch = None\nprint(compute(sys.argv[1]).fingerprint())"
+    code = f"""
+import keras, sys
+keras.Model.predict_on_batch = None
+exec({STABLE!r}, space := {{"__name__": "own"}})
+print(space["compute"](sys.argv[1]).fingerprint())
+"""
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{STABLE}\n{code}", tmp_path],
+        [sys.executable, "-c", code, tmp_path],
         capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.stdout.strip() == data.fingerprint()
+
+
+def test_other_versions_compute_anew(cache, monkeypatch):
+    model, x = extractor(), X[:2]
+
+    def entries():
+        cache.features(model, x)
+        return len(cache.info().table.rows)
+
+    for version, expected in [("4.0.0", 1), ("4.0.1", 1), ("4.1.0", 2), ("4.0.2", 2)]:
+        monkeypatch.setattr(keras, "__version__", version)
+        assert entries() == expected
+    monkeypatch.setattr("keras_xfer.features.cache.__version__", "9.0")
+    assert entries() == 3
 
 
 # float16

@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 import shutil
+import sys
 import threading
 import types
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from keras_xfer import files
-from keras_xfer.features import FeatureCache, identity
+from keras_xfer.features import FeatureCache, identity, split_model
 from keras_xfer.features.entry import Entry
 from keras_xfer.features.manifest import Manifest, Shard
 from keras_xfer.features.store import MARKER, Store
@@ -191,6 +192,61 @@ def test_what_code_reads_of_modules_objects_and_layers_matters():
         assert not same(reads(make(2)), reads(make(3)))
     assert not same(reads(initial(2.0), "THING(x)"), reads(initial(3.0), "THING(x)"))
     assert not same(reads(np.ones(4), "THING"), reads(2 * np.ones(4), "THING"))
+
+
+_DOTTED = "import mylib.ops\ndef act(x): return mylib.ops.scale(x)"
+_LOCAL = "def act(x):\n    import mylib.ops\n    return mylib.ops.scale(x)"
+_FROM = "def act(x):\n    from mylib.ops import scale\n    return scale(x)"
+_AS = "def act(x):\n    from mylib import ops as o\n    return o.scale(x)"
+_RELATIVE = "def act(x):\n    from .ops import scale\n    return scale(x)"
+
+
+@core
+@pytest.mark.parametrize("source", [_DOTTED, _LOCAL, _FROM, _AS, _RELATIVE])
+def test_modules_that_are_reached_by_dots_or_imported_inside_are_read(source, monkeypatch):
+    def make(n):
+        package, ops = types.ModuleType("mylib"), types.ModuleType("mylib.ops")
+        package.ops, package.mylib = ops, package  # as modules name each other
+        ops.scale, ops.mylib = defined(f"def scale(x): return x * {n}", "scale"), package
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, "mylib", package)
+        monkeypatch.setitem(sys.modules, "mylib.ops", ops)
+        act = defined(source, "act", __package__="mylib")
+        return identity.of_extractor(model(keras.layers.Lambda(act)))
+
+    assert make(2) == make(2)
+    assert make(2) != make(3)
+
+
+_OPERATIONS = """
+class Own(keras.Operation):
+    def call(self, x):
+        return x * FACTOR
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+def scaled(x):
+    return x * FACTOR
+def called(x):
+    return Own()(x)
+def mapped(x):
+    return keras.ops.vectorized_map(scaled, x)
+"""
+
+
+@core
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("how", ["called", "mapped"])
+def test_operations_of_ones_own_matter(how, cut):
+    def make(n):
+        x = keras.Input((4,))
+        y = defined(_OPERATIONS, how, FACTOR=n)(x)
+        if not cut:
+            return keras.Model(x, y)
+        above = keras.layers.Dense(1, name="above")
+        return split_model(model(Backbone(keras.Model(x, above(y)))), "above")[0]
+
+    assert same(make(2), make(2))
+    assert not same(make(2), make(3))
 
 
 @core

@@ -576,6 +576,32 @@ def test_a_model_with_steps_of_its_own_trains_uncached():
         cached(own())
 
 
+class OwnCall(keras.Model):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x, training=None):
+        return self.inner(x, training=training)
+
+
+def test_a_model_without_a_graph_trains_uncached():
+    def own():
+        model = OwnCall(compiled())
+        model.build((None, 6))
+        model.compile("adam", LOSS(from_logits=True), metrics=["accuracy"], **EAGER)
+        return model
+
+    history = cached(model := own(), boundary="auto")
+    assert {each.at for each in history.boundaries} == {None}
+    assert "no graph to cut" in history.boundaries[0].reason
+    expected = own()
+    plain(expected)
+    assert_equal_weights(expected, model)
+    with pytest.raises(ValueError, match="no graph to cut.*functional API"):
+        cached(own())
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [

@@ -179,6 +179,121 @@ def test_dropout_of_every_kind_is_no_augmentation(make):
     assert live_layers(keras.Model(inputs, make(inputs))) == []
 
 
+# --- Code of ones own ---------------------------------------------------------------------------------
+
+
+class Shaky(layers.Layer):
+    """Somebody's own augmentation, of which nothing says that it is one."""
+
+    def call(self, inputs, training=False):
+        return inputs + keras.random.normal(keras.ops.shape(inputs)) if training else inputs
+
+
+class Block(layers.Layer):
+    """Layers that hear of `training`, in an attribute, in a list and by a method."""
+
+    def __init__(self, *inner, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.rest, self.drop = inner[0], list(inner[1:]), None
+
+    def call(self, inputs, training=None):
+        x = self.first(inputs, training=training)
+        if self.drop is not None:
+            x = self.drop(x, training=training)
+        return self.tail(x, training=training)
+
+    def tail(self, x, training):
+        for layer in self.rest:
+            x = layer(x, training=training)
+        return x
+
+
+class Deaf(layers.Layer):
+    def call(self, inputs, training=None):
+        return 2 * inputs
+
+
+class ActingBlock(Block):
+    def tail(self, x, training):
+        return keras.random.shuffle(x) if training else x
+
+
+class Helped(layers.Layer):
+    def call(self, inputs, training=None):
+        return shaken(inputs, training=training)
+
+
+class InnerShaky(Shaky):
+    def call(self, inputs, training=False):
+        return super().call(inputs, training=training)
+
+
+def shaken(x, training):
+    return keras.random.shuffle(x) if training else x
+
+
+def unread():
+    space = {"layers": layers}
+    code = "class Own(layers.Layer):\n    def call(self, x, training=None):\n        return x\n"
+    exec(code, space)  # noqa: S102 - so that its source is nowhere
+    space["Own"].__module__ = "own"
+    return space["Own"](name="acts")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Shaky(name="acts"),
+        lambda: InnerShaky(name="acts"),
+        lambda: ActingBlock(layers.Rescaling(2.0), name="acts"),
+        lambda: Block(layers.Rescaling(2.0), Shaky(name="acts")),
+        lambda: Helped(name="acts"),
+        lambda: layers.Lambda(lambda x, training=None: x, name="acts"),
+        unread,
+    ],
+    ids=["leaf", "inherited", "block", "inside", "function", "Lambda", "no source"],
+)
+def test_what_acts_by_its_own_code_is_live_in_front_of_a_backbone(make):
+    model = with_backbone(make())
+    assert names(live_layers(model)) == names(live.own_layers(model)) == ["acts"]
+    assert random_layers(model) == []
+    inside = keras.Sequential([keras.Input((6,)), make(), layers.Dense(2)])
+    assert live_layers(with_backbone(backbone=Backbone(inside))) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Deaf, lambda: Block(layers.Rescaling(2.0), layers.Dense(6), Deaf())],
+    ids=["unused", "handed on"],
+)
+def test_who_only_hands_training_on_is_not_live(make):
+    assert live_layers(with_backbone(make())) == []
+
+
+def test_the_layers_of_a_block_answer_for_themselves():
+    model = with_backbone(Block(layers.Rescaling(2.0), Wobble(name="wobble")))
+    assert names(live_layers(model)) == names(random_layers(model)) == ["wobble"]
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda seed: [seed], lambda seed: {"flip": seed}], ids=["list", "dict"]
+)
+def test_generators_that_are_kept_in_something(keep):
+    layer = Deaf(name="draws")
+    layer.seeds = keep(keras.random.SeedGenerator(1))
+    model = with_backbone(layer)
+    assert names(live_layers(model)) == names(random_layers(model)) == ["draws"]
+    assert live.generators(layer) == [keras.tree.flatten(layer.seeds)[0]]
+
+
+def test_generators_that_no_seed_of_keras_repeats():
+    layer = Deaf(name="draws")
+    layer.drawn = np.random.default_rng(1)
+    model = with_backbone(layer)
+    assert names(live_layers(model)) == names(live.own_layers(model)) == ["draws"]
+    assert names(live_layers(keras.Sequential([keras.Input((6,)), layer]))) == ["draws"]
+
+
 # --- Features ---------------------------------------------------------------------------------------
 
 

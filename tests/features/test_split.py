@@ -941,6 +941,49 @@ def test_a_mask_inside_a_backbone_crosses_as_a_tensor():
     assert np.ptp(to_numpy(model(WORDS) - model(without))) > 1e-4
 
 
+def words(*above, **kwargs):
+    """A backbone that hands a mask on while it runs, of which its symbols say nothing."""
+    embedding = layers.Embedding(7, 4, mask_zero=True, name="emb")
+    base = keras.Sequential([keras.Input((5,), dtype="int32"), embedding, *above])
+    return Backbone(base, name="base", **kwargs)
+
+
+def reader(*body):
+    return keras.Sequential([keras.Input((5,), dtype="int32"), *body, layers.LSTM(3), dense("top")])
+
+
+@core
+@pytest.mark.parametrize(
+    ("make", "at"),
+    [
+        (lambda: reader(words()), "head"),
+        (lambda: reader(keras.Sequential([keras.Input((5,), dtype="int32"), words()])), "head"),
+        (lambda: reader(words(dense("each"))), "head"),
+        (lambda: reader(words(dense("each"))), "each"),
+        (lambda: reader(words().model, dense("each")), "each"),
+        (lambda: reader(words().model, dense("low"), dense("each")), "each"),
+    ],
+    ids=["Backbone", "nested", "handed on", "inside", "plain nested", "plain handed on"],
+)
+def test_a_mask_that_is_handed_on_at_run_time_does_not_cross(make, at):
+    model = make()
+    without = np.where(WORDS == 0, 6, WORDS)
+    assert np.ptp(to_numpy(model(WORDS) - model(without))) > 1e-4  # padding is masked
+    with pytest.raises(ValueError, match=rf"at='{at}': the mask that layer .* would have to cross"):
+        split_model(model, at)
+
+
+@core
+def test_a_mask_that_ends_or_begins_elsewhere_keeps_nothing_from_crossing():
+    ends = keras.Sequential(
+        [keras.Input((5,), dtype="int32"), words(layers.LSTM(3, name="lstm")), dense("top")]
+    )
+    check(ends, "head", WORDS, below={"emb", "lstm_cell"}, above={"top"})
+    base = keras.Sequential([keras.Input((5, 1)), dense("low"), layers.Masking(), dense("each")])
+    begins = keras.Sequential([keras.Input((5, 1)), Backbone(base), layers.LSTM(3), dense("top")])
+    check(begins, 1, WORDS[..., None].astype("float32"))
+
+
 # --- keras.applications -----------------------------------------------------------------------------
 
 
