@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_xfer.features.cache import FeatureCache
+from keras_xfer.features.dataset import CachedFeatures
 from keras_xfer.features.live import Still
 from keras_xfer.features.nesting import describe, pack
 from keras_xfer.features.order import Ordered
@@ -154,7 +156,10 @@ class TrainingData:
                     ),
                     prefetch,
                 )
-        return self._feeding(train, _readable(train, prefetch), validation, shuffle=False)
+        fed = self._feeding(train, _readable(train, prefetch), validation, shuffle=False)
+        if fed["class_weight"]:
+            fed["class_weight"] = _of_every_class(fed["class_weight"], train)
+        return fed
 
     def _feeding(
         self, ordered: Any, train: Any, validation: Any, *, shuffle: bool
@@ -233,6 +238,21 @@ def _readable(features: Any, prefetch: bool) -> Any:
     if keras.backend.backend() != "tensorflow":
         return features
     return features.as_tf_dataset(prefetch=prefetch)
+
+
+def _of_every_class(class_weight: dict[int, float], features: CachedFeatures) -> dict[int, float]:
+    """With 1 for each class that is left out, as Keras counts it where it weighs arrays; over tf.data
+    it looks such a class up beyond the end of the others (keras 3.15.1)."""
+    count = 0
+    for begin in range(0, features.num_samples, features.batch_size):
+        end = min(begin + features.batch_size, features.num_samples)
+        _, *rest = features.batch_of(np.arange(begin, end), epoch=0)
+        if len(rest) != 1 or not isinstance(rest[0], np.ndarray):  # which Keras refuses
+            return class_weight
+        is_one_hot = rest[0].ndim > 1 and rest[0].shape[-1] > 1
+        last = rest[0].shape[-1] - 1 if is_one_hot else int(np.round(rest[0].max()))
+        count = max(count, last + 1)
+    return {**dict.fromkeys(range(count), 1.0), **class_weight}
 
 
 def _validation_tuple(data: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a search was asked, as plain data: by it a search that goes on is told from another."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,38 @@ def of_fit_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         dict, JSON.
     """
     return {name: _argument(value) for name, value in arguments.items() if value is not None}
+
+
+def of_callable(value: Any) -> Any:
+    """What tells a function, a loss or metrics from others, the same in every process.
+
+    Args:
+        value: a function, a loss or a metric of Keras, a name, a list or mapping of these, or None.
+
+    Returns:
+        JSON.
+
+    Example:
+
+    >>> of_callable(keras.losses.Huber(delta=1.0)) == of_callable(keras.losses.Huber(delta=2.0))
+    False
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [of_callable(each) for each in value]
+    if isinstance(value, Mapping):
+        if value.get("class_name") == "__lambda__":  # whose code is not the same everywhere
+            return "<lambda>"
+        told = {str(name): of_callable(each) for name, each in value.items()}
+        if isinstance(told.get("name"), str):  # auc_1 is the second that this process makes
+            told["name"] = re.sub(r"_\d+$", "", told["name"])
+        return told
+    if isinstance(value, keras.losses.Loss | keras.metrics.Metric):
+        return [type(value).__name__, of_callable(value.get_config())]
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def check_same(folder: Path, asked: dict[str, Any], *, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ class Backbones:
     A trial gets a new `Backbone` around a model that earlier trials trained, brought back to the
     weights that it came with, bit for bit. So memory does not grow by a backbone a trial, and none
     is built twice. While somebody still holds the Backbone of an earlier trial, its model is left
-    alone and another one is built.
+    alone and another one is built. A model that is there already, given or returned by a function,
+    stays as it is: trials train a copy.
 
     Args:
         backbones: iterable, or mapping by name, of names of applications, handles of SavedModels,
@@ -214,21 +215,14 @@ def _maker(name: str, given: Any, weights: Any) -> _Maker:
 
 def _of_model(name: str, given: keras.Layer) -> _Maker:
     model = given.model if isinstance(given, Backbone) else given
-    if not model.built:
-        raise ValueError(
-            "Expected a built model, so that its weights exist. Received: backbones with "
-            f"{model.name!r}, which is not built yet: call it once on an input."
-        )
+    _check_built(name, model)
     pristine = values_of(model.variables)  # the user may train it meanwhile
     more = {}
     if isinstance(given, Backbone):
         more = {"pooling": given.pooling, "dtype": given.dtype_policy}
 
     def make(input_shape: Shape | None, batch_norm: Any, hp: Any) -> Backbone:  # noqa: ARG001
-        copy = _copied(model)
-        for variable, value in zip(copy.variables, pristine, strict=True):
-            variable.assign(value)
-        return Backbone(copy, **more)
+        return Backbone(_copied(name, model, pristine), **more)
 
     maker = _Maker(name, make)
     maker.is_own = True
@@ -236,15 +230,6 @@ def _of_model(name: str, given: keras.Layer) -> _Maker:
     maker.like = given if isinstance(given, Backbone) else None
     maker.gives_maps = not more.get("pooling") and _gives_maps(model, None)
     return maker
-
-
-def _copied(model: keras.Layer) -> keras.Layer:
-    if freezing.graph_of(model) is not None or isinstance(model, keras.Sequential):
-        return keras.models.clone_model(model)
-    copy = type(model).from_config(model.get_config())
-    if not copy.built:
-        copy.build_from_config(model.get_build_config())
-    return copy
 
 
 def _called(
@@ -257,14 +242,53 @@ def _called(
 ) -> Backbone:
     known = {"input_shape": input_shape, "hp": hp}
     made = function(**{key: value for key, value in known.items() if key in asked})
-    if isinstance(made, Backbone):
-        return made
-    if isinstance(made, keras.Layer):
-        return Backbone(made)
-    raise TypeError(
-        f"Expected the function of backbone {name!r} to return a built keras.Model or a "
-        f"keras_xfer.Backbone. Received: {made!r}."
-    )
+    model = made.model if isinstance(made, Backbone) else made
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            f"Expected the function of backbone {name!r} to return a built keras.Model or a "
+            f"keras_xfer.Backbone. Received: {made!r}."
+        )
+    _check_built(name, model)
+    # Trials train a copy: whether somebody else holds the model, or a model that shares its layers,
+    # is not to be seen, and its next trial has to find it as it is now. What was built for this call
+    # alone goes with it; without `hp` there is one call for all trials.
+    copy = _copied(name, model, values_of(model.variables))
+    if not isinstance(made, Backbone):
+        return Backbone(copy)
+    backbone = Backbone(copy, pooling=made.pooling)
+    backbone._expected = made._expected  # of a SavedModel, which does not say it
+    return backbone
+
+
+def _check_built(name: str, model: keras.Layer) -> None:
+    if not model.built:
+        raise ValueError(
+            "Expected a built model, so that its weights exist. Received: backbone "
+            f"{name!r} with {model.name!r}, which is not built yet: call it once on an input."
+        )
+
+
+def _copied(name: str, model: keras.Layer, values: Sequence[np.ndarray]) -> keras.Layer:
+    """A model as `model`, which shares nothing with it, with these values."""
+    try:
+        if freezing.graph_of(model) is not None or isinstance(model, keras.Sequential):
+            copy = keras.models.clone_model(model)
+        else:
+            copy = type(model).from_config(model.get_config())
+            if not copy.built:
+                copy.build_from_config(model.get_build_config())
+    except (NotImplementedError, TypeError) as error:
+        raise ValueError(
+            "Expected a backbone that can be made again from its configuration: trials train a copy "
+            f"of it. Received: backbone {name!r}, {model.name!r} of type {type(model).__name__}, of "
+            "which that fails. Give its class a get_config, by which it is saved too."
+        ) from error
+    for variable, value in zip(copy.variables, values, strict=True):
+        variable.assign(value)
+    for layer in freezing.walk(copy):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with constants, made of its variables when it loads
+    return copy
 
 
 def _named(backbones: Any) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
+import keras_tuner
 import numpy as np
 
 from keras_xfer.features.nesting import flatten
@@ -52,6 +53,7 @@ def check_search(
         )
     for name in objectives:
         _check_objective(hypermodel, name, callbacks)
+    check_validation_freq(arguments.get("validation_freq"))
     check_batch_size(hypermodel.takes_batch_size(), x)
     TrainingData(x, y, validation_data, dict(arguments), views=1, seed=0, key=None, verbose=0)
     if is_arrays(x):
@@ -124,6 +126,23 @@ def check_labels(hypermodel: "HyperTransfer", labels: Any, name: str) -> None:
     if not (is_free or single):
         raise _wrong_shape(f"one label an image (num_classes={count})", name, array)
     _check_range(name, array, count)
+
+
+def check_validation_freq(validation_freq: Any) -> None:
+    """Raise where not every epoch of a trial is validated.
+
+    Args:
+        validation_freq: as of `Model.fit`, or None.
+
+    Raises:
+        keras_tuner.errors.FatalValueError: a ValueError that ends a search, since all of its trials
+            would fail.
+    """
+    if validation_freq not in (None, 1):
+        raise keras_tuner.errors.FatalValueError(
+            "Expected validation_freq=1, since the epochs of a trial are compared by what the "
+            f"validation says. Received: validation_freq={validation_freq!r}. Leave it out."
+        )
 
 
 def check_batch_size(is_asked: bool, x: Any) -> None:
@@ -226,6 +245,22 @@ def _check_objective(hypermodel: "HyperTransfer", name: str, callbacks: Iterable
             f"{', '.join(f'val_{each}' for each in known)}. Received: objective={name!r}. Give "
             "objective= one of these, or HyperTransfer this metric."
         )
+    _check_is_a_number(hypermodel, name)
+
+
+def _check_is_a_number(hypermodel: "HyperTransfer", name: str) -> None:
+    """Of the metrics of Keras that may be one number for each class."""
+    metrics, several = keras.metrics, hypermodel.num_classes > 1
+    for metric in hypermodel.metrics or ():
+        is_vector = (isinstance(metric, metrics.FBetaScore) and metric.average is None) or (
+            isinstance(metric, metrics.R2Score) and metric.class_aggregation is None
+        )
+        if several and is_vector and metric.name == name.removeprefix("val_"):
+            raise ValueError(
+                f"Expected an objective that is one number. Received: objective={name!r}, of which "
+                f"{type(metric).__name__} gives one for each class. Tell the metric how to bring "
+                "them together, such as average='macro'."
+            )
 
 
 def _logged(hypermodel: "HyperTransfer") -> list[str] | None:

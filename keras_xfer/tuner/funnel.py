@@ -84,7 +84,8 @@ def funnel_search(
         ImportError: pandas is not installed, which the result's tables need.
         TypeError: `hypermodel` is no `HyperTransfer`, or `epochs` is among the arguments.
         ValueError: an argument is out of its range, the labels or the objective are not those of
-            the hypermodel, or the folder holds a search that was asked something else.
+            the hypermodel, `head_epochs` is a hyperparameter of it, or the folder holds a search
+            that was asked something else.
         RuntimeError: no trial came to an end; the first error is named.
         KeyboardInterrupt: before any trial was over.
 
@@ -115,6 +116,11 @@ def funnel_search(
             raise TypeError(
                 f"Expected head_epochs and fine_tune_epochs. Received: {name}={fit_kwargs[name]!r}."
             )
+    if hypermodel.says_head_epochs():
+        raise ValueError(
+            "Expected head_epochs as an argument of funnel_search alone, whose rounds follow from it. "
+            "Received: a hypermodel with a hyperparameter head_epochs. Leave it out of tune and space."
+        )
     default = "val_loss" if hypermodel.task == "regression" else "val_accuracy"
     oracle = FunnelOracle(
         default if objective is None else objective,
@@ -126,7 +132,7 @@ def funnel_search(
         seed=seed,
     )
     callbacks = list(keras.tree.flatten(callbacks or []))
-    objectives = [each.name for each in getattr(oracle.objective, "objectives", [oracle.objective])]
+    objectives = [each.name for each in _objectives(oracle)]
     checks.check_search(hypermodel, objectives, x, y, validation_data, callbacks, fit_kwargs)
     folder = Path(directory)
     own_features = folder / _FEATURES if hypermodel.cache is None else None
@@ -336,6 +342,11 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
         hypermodel.cache = None
 
 
+def _objectives(oracle: FunnelOracle) -> list[Any]:
+    """Each of what trials are compared by, where a list was given; else the one."""
+    return getattr(oracle.objective, "objectives", [oracle.objective])
+
+
 def _asked(
     oracle: FunnelOracle,
     hypermodel: HyperTransfer,
@@ -345,7 +356,7 @@ def _asked(
 ) -> dict[str, Any]:
     """What tells a search from others."""
     return {
-        "objective": [oracle.objective.name, oracle.objective.direction],
+        "objective": [[each.name, each.direction] for each in _objectives(oracle)],
         "rounds": [list(each) for each in oracle.rounds],
         "seed": seed,
         "space": hypermodel.describe(),

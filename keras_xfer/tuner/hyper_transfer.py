@@ -16,12 +16,19 @@ from keras_xfer import freezing
 from keras_xfer.callbacks.epoch_timing import EpochTiming
 from keras_xfer.callbacks.staged_unfreezing import StagedUnfreezing
 from keras_xfer.features import FeatureCache, fit_staged
+from keras_xfer.features.source import DataChangedError
 from keras_xfer.images import augmentation_ranges, make_augmentation
 from keras_xfer.layers import Backbone, BackbonePreprocessing
 from keras_xfer.losses import SmoothedSparseCategoricalCrossentropy
 from keras_xfer.stages import Stage
+from keras_xfer.tuner import asked
 from keras_xfer.tuner.backbones import Backbones, Shape, Taken, channels_of, image_shape, size_of
-from keras_xfer.tuner.checks import check_arrays, check_batch_size, check_image_size
+from keras_xfer.tuner.checks import (
+    check_arrays,
+    check_batch_size,
+    check_image_size,
+    check_validation_freq,
+)
 from keras_xfer.tuner.space import TUNED, SearchSpace
 from keras_xfer.tuner.trial_files import STATE, BestEpoch, Rounds, is_checkpoint, local_oracle
 
@@ -47,6 +54,10 @@ _FIT_ARGUMENTS = (
 )  # by position, as `Model.fit` takes them
 
 
+class SearchDataChangedError(keras_tuner.errors.FatalValueError, DataChangedError):
+    """Data whose features cannot be kept, of which every trial would fail: it ends a search."""
+
+
 class HyperTransfer(keras_tuner.HyperModel):
     """Transfer learning as a hypermodel: images in, a fine-tuned model out.
 
@@ -66,7 +77,7 @@ class HyperTransfer(keras_tuner.HyperModel):
         backbones: what to choose from: names of keras.applications, built models or
             `keras_xfer.Backbone`s, handles or paths of SavedModels, functions that return one of
             these (with an argument `input_shape`, if they have it, and `hp`); a list, or a dict by
-            name. Defaults to `("MobileNetV2",)`.
+            name. Of models, given or returned, trials train copies. Defaults to `("MobileNetV2",)`.
         input_shape: tuple `(height, width, channels)` of the images, of values in [0, 255]; None:
             any size; they are resized in the model to what the backbone was trained on.
         weights: of keras.applications: `"imagenet"`, None (random) or a path.
@@ -242,8 +253,14 @@ class HyperTransfer(keras_tuner.HyperModel):
             )
         if values["batch_size"] is not None:
             kwargs["batch_size"] = values["batch_size"]
+        if kwargs.get("class_weight"):
+            # Keras counts a class that is left out as 1, but where data come by tf.data.
+            every = dict.fromkeys(range(max(2, self.num_classes)), 1.0)
+            kwargs["class_weight"] = {**every, **kwargs["class_weight"]}
         callbacks = list(keras.tree.flatten(kwargs.pop("callbacks", None) or []))
         trial = _trial(callbacks)
+        if trial is not None:
+            check_validation_freq(kwargs.get("validation_freq"))
         schedule = StagedUnfreezing(
             self.stages(hp, model, epochs=_all_epochs(hp, trial, kwargs)), backbone="backbone"
         )
@@ -251,16 +268,27 @@ class HyperTransfer(keras_tuner.HyperModel):
         callbacks = self._kept(hp, model, trial, callbacks)
         # Without a cache too: the rows then come in the same order, and go on in it from round to
         # round.
-        history = fit_staged(
-            model,
-            **kwargs,
-            stages=schedule,
-            cache=self.cache,
-            boundary="never" if self.cache is None else "auto",
-            views=self.views if self.cache is not None and values["augment"] else 1,
-            runs=_RUNS,
-            callbacks=[timing, *callbacks],
-        )
+        try:
+            history = fit_staged(
+                model,
+                **kwargs,
+                stages=schedule,
+                cache=self.cache,
+                boundary="never" if self.cache is None else "auto",
+                views=self.views if self.cache is not None and values["augment"] else 1,
+                runs=_RUNS,
+                callbacks=[timing, *callbacks],
+            )
+        except DataChangedError as error:
+            # So would all trials, after two passes over the data each.
+            raise SearchDataChangedError(
+                "Expected data that are the same in every pass, since the features of a cache are "
+                "kept for all trials. Received: data that differ from pass to pass: random "
+                "augmentation in the pipeline, rows that are shuffled anew, files that were written "
+                "meanwhile? Augment inside the model (space={'augment': …}, with views= to keep "
+                "augmented passes), shuffle by fit (shuffle=True), or, but for funnel_search, leave "
+                "out cache."
+            ) from error
         return _without_unknown_times(history, timing)
 
     def describe(self) -> dict[str, Any]:
@@ -282,7 +310,9 @@ class HyperTransfer(keras_tuner.HyperModel):
             "dtype_policy": self.dtype_policy,
             "flip": self.flip,
             "views": self.views,
-            **{name: _name_of(getattr(self, name)) for name in ("head", "loss", "metrics")},
+            **{
+                name: asked.of_callable(getattr(self, name)) for name in ("head", "loss", "metrics")
+            },
             "searched": hp.get_config()["space"],
             "fixed": {name: value for name, value in values.items() if name not in hp.values},
         }
@@ -293,6 +323,11 @@ class HyperTransfer(keras_tuner.HyperModel):
         """Whether `batch_size` is searched, or fixed by `space`."""
         return self._space.values(keras_tuner.HyperParameters())["batch_size"] is not None
 
+    def says_head_epochs(self) -> bool:
+        """Whether `head_epochs` is searched, or fixed by `space`."""
+        is_fixed = self._space.parameters["head_epochs"].default is not None
+        return is_fixed or "head_epochs" in self._space.searched
+
     # --- The schedule ------------------------------------------------------------------------
 
     def stages(self, hp: Any, model: keras.Model, *, epochs: int) -> list[Stage]:
@@ -300,6 +335,8 @@ class HyperTransfer(keras_tuner.HyperModel):
 
         The head trains for `head_epochs`, or a third of the epochs where nothing is said of them;
         each further stage thaws more of the backbone, for the same number of the remaining epochs.
+        In a funnel the head trains for as long as that says; where it leaves fewer epochs than
+        there would be further stages, there is one for each epoch.
         By the epochs of the whole search, so it is the same in every round of Hyperband.
 
         Args:
@@ -322,9 +359,13 @@ class HyperTransfer(keras_tuner.HyperModel):
         rate, backbone_rate = values["learning_rate"], values["backbone_learning_rate"]
         backbone: Any = freezing.find_backbone(model, "backbone")
         count = min(values["stages"], epochs) if _can_thaw(backbone) else 1
+        of_funnel = hp.values.get(_HEAD_EPOCHS)
+        if of_funnel and epochs > of_funnel:
+            # Its rounds before the last train heads: there are the stages that it leaves epochs for.
+            count = min(count, 1 + epochs - of_funnel)
         if count == 1:
             return [_stage(None, None, values, rate, "head")]
-        head_epochs = hp.values.get(_HEAD_EPOCHS) or values["head_epochs"]
+        head_epochs = of_funnel or values["head_epochs"]
         head_epochs = min(head_epochs or math.ceil(epochs / 3), max(1, epochs - (count - 1)))
         stages = [_stage(None, head_epochs, values, rate, "head")]
         more = count - 1
@@ -473,15 +514,6 @@ def _without_idle(tune: Sequence[str], *, head: Any, loss: Any, task: str) -> li
     if loss is not None or task == "regression":
         idle |= {"label_smoothing"}
     return [name for name in tune if name not in idle]
-
-
-def _name_of(value: Any) -> Any:
-    """What tells a function, a loss or metrics from others in every process."""
-    if isinstance(value, list | tuple):
-        return [_name_of(each) for each in value]
-    if value is None or isinstance(value, str):
-        return value
-    return getattr(value, "__name__", type(value).__name__)
 
 
 def _without_unknown_times(history: Any, timing: EpochTiming) -> Any:

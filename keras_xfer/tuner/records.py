@@ -161,7 +161,8 @@ def epochs_table(project: Path, trials: Mapping[str, Any]) -> "pd.DataFrame":
         trials: KerasTuner's `Trial` by id.
 
     Returns:
-        DataFrame: `trial`, `execution`, `epoch` (from 0), `stage`, and the logs.
+        DataFrame: `trial`, `execution`, `epoch` (from 0), `stage`, and the logs, of a metric that is a
+        vector its mean.
     """
     pd = require("pandas")
     parts = []
@@ -224,7 +225,8 @@ def lineage(trials: Mapping[str, Any]) -> dict[str, list[str]]:
 def _epochs(number: int, history: Any) -> Iterator[dict[str, Any]]:
     for index, epoch in enumerate(history.epoch):
         logs = {
-            name: float(np.asarray(values[index]))
+            # Of a metric that is a vector (F1Score) the mean, as KerasTuner writes it.
+            name: float(np.mean(np.asarray(values[index])))
             for name, values in history.history.items()
             if index < len(values)
         }

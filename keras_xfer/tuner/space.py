@@ -265,7 +265,23 @@ def _declare(hp: Any, parameter: Parameter) -> Any:
         return hp.Int(name, low, high, step=parameter.step or 1, default=default)
     if parameter.log:
         return hp.Float(name, low, high, sampling="log", default=default)
-    return hp.Float(name, low, high, step=parameter.step, default=default)
+    if parameter.step is None:
+        return hp.Float(name, low, high, default=default)
+    # By name: KerasTuner 1.4.8 counts the steps of a Float as (high - low) // step, which is 4 of
+    # 0.5 and 0.1, so that the end is never tried; and the third is 0.30000000000000004.
+    values = _in_steps(low, high, parameter.step)
+    default = min(values, key=lambda value: abs(value - default))
+    return hp.Choice(name, values, default=default)
+
+
+def _in_steps(low: float, high: float, step: float) -> list[float]:
+    """The values of a range, a step apart; the last may be less, so that its end is one of them.
+
+    >>> _in_steps(0.0, 0.5, 0.1)
+    [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    """
+    count = math.ceil((high - low) / step - 1e-9)  # without the last; rounding is no step
+    return [round(low + index * step, 12) for index in range(count)] + [high]
 
 
 def _told(parameter: Parameter, value: Any) -> tuple[Parameter, bool]:

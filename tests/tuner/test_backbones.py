@@ -10,7 +10,7 @@ import pytest
 
 from keras_xfer import Backbone
 from keras_xfer.tuner.backbones import Backbones
-from tests.tuner.hypermodels import SHAPE, assert_same, copies, differ, tiny
+from tests.tuner.hypermodels import SHAPE, assert_same, copies, differ, drawn, tiny
 
 IMAGES = np.random.default_rng(1).uniform(0, 255, (2, *SHAPE)).astype("float32")
 
@@ -150,6 +150,83 @@ def test_the_next_trial_gets_it_as_it_came(kind):
     assert_same(own.get_weights(), before)
 
 
+def of_what_exists(kind, own):
+    """A function that returns a model that is there already, or one that shares its layers."""
+    backbone = Backbone(own)
+    return {
+        "model": lambda: own,
+        "backbone": lambda: backbone,
+        "of shared layers": lambda: keras.Model(own.inputs, own.get_layer("relu").output),
+        "of hp": lambda hp: own,
+        "of hp and shared layers": lambda hp: keras.Model(own.inputs, own.outputs),
+    }[kind]
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["model", "backbone", "of shared layers", "of hp", "of hp and shared layers"]
+)
+def test_a_function_that_returns_what_exists(kind, is_held):
+    own = tiny()
+    before = copies(own.get_weights())
+    of = Backbones({"tiny": of_what_exists(kind, own)}, None)
+    held = []
+    for _ in range(3):
+        taken = take(of)
+        weights = taken.backbone.model.get_weights()
+        assert_same(weights, before[: len(weights)])
+        assert_same(of.pristine_of(taken.backbone), before[: len(weights)])
+        taken.backbone.unfreeze("all")
+        spoil(taken.backbone)
+        if is_held:
+            held.append((taken, copies(taken.backbone.model.get_weights())))
+        del taken
+        gc.collect()
+    for taken, weights in held:
+        assert_same(taken.backbone.model.get_weights(), weights)
+    assert_same(own.get_weights(), before)
+
+
+def test_a_function_that_loads_weights_into_what_exists():
+    own = tiny()
+
+    def function(hp):
+        own.set_weights([weight * 0 + hp.get("fill") for weight in own.get_weights()])
+        return own
+
+    of = Backbones({"tiny": function}, None)
+    for fill in (1, 2, 1):
+        backbone = take(of, hp=drawn(fill=fill)).backbone
+        assert all((weight == fill).all() for weight in backbone.model.get_weights())
+        spoil(backbone)
+
+
+@pytest.mark.parametrize("kind", ["model", "function"])
+def test_a_normalization_comes_with_its_constants(kind):
+    """EfficientNet has one, whose weights are ImageNet's mean and variance."""
+    layers = [keras.Input(SHAPE), keras.layers.Normalization(), keras.layers.Conv2D(4, 3)]
+    own = keras.Sequential(layers)
+    own.layers[0].adapt(IMAGES)
+    expected = keras.ops.convert_to_numpy(own(IMAGES)).mean(axis=(1, 2))
+    backbone = take(Backbones({"tiny": own if kind == "model" else lambda: own}, None)).backbone
+    np.testing.assert_allclose(backbone(IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_made_again():
+    class Own(keras.Model):
+        def __init__(self, function):
+            super().__init__()
+            self.function, self.dense = function, keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(self.function(inputs))
+
+    own = Own(lambda inputs: inputs)
+    own(np.ones((1, 3)))
+    with pytest.raises(ValueError, match="configuration.*backbone 'tiny'.*type Own.*get_config"):
+        take(Backbones({"tiny": lambda: own}, None), shape=(3,))
+
+
 def test_what_somebody_holds_is_left_alone():
     of = Backbones({"tiny": tiny()}, None)
     before = copies(tiny().get_weights())
@@ -242,3 +319,12 @@ def test_a_savedmodel(saved, policy):
     assert again.backbone.model is model()
     assert_same(again.backbone.model.get_weights(), before)
     np.testing.assert_allclose(again.backbone(images), module(images), rtol=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="SavedModels are TensorFlow's")
+def test_a_function_that_returns_a_savedmodel(saved):
+    own = Backbone.from_hub(saved("tower"), input_range=(-1, 1), image_size=8)
+    taken = take(Backbones({"tower": lambda: own}, None), "tower")
+    assert taken.backbone.model is not own.model
+    np.testing.assert_allclose(taken.backbone(IMAGES), own(IMAGES), rtol=1e-5)
+    np.testing.assert_allclose(taken.preprocessing()(IMAGES), IMAGES / 127.5 - 1, atol=1e-5)

@@ -86,6 +86,8 @@ def test_a_trial_of_any_tuner_refuses_them():
         ({"x": Batches(X, Y + 1)}, ValueError, "batches of x with values from 1 to 3"),
         ({"validation_data": Batches(X, Y + 1)}, ValueError, "batches of validation_data with"),
         ({"objective": "val_mae"}, ValueError, "val_loss, val_accuracy.*objective='val_mae'"),
+        ({"validation_freq": 2}, ValueError, "validation_freq=2"),
+        ({"validation_freq": [1, 2]}, ValueError, r"validation_freq=\[1, 2\]"),
         ({"no_such": 1}, TypeError, "no_such"),
     ],
 )
@@ -147,6 +149,7 @@ class Own(keras.callbacks.Callback):
         ("val_auc", {"metrics": [keras.metrics.AUC()]}, [], True),
         ("val_accuracy", {"metrics": [keras.metrics.AUC()]}, [], False),
         ("val_accuracy", {"metrics": ["accuracy"]}, [], True),
+        ("val_f1_score", {"metrics": [keras.metrics.F1Score()]}, [], True),  # of one class
         ("val_mae", {"metrics": []}, [], False),
         ("val_one_loss", {"loss": ["mse", "mae"]}, [], True),  # of several outputs
         ("val_accuracy", REGRESSION, [], False),
@@ -162,3 +165,16 @@ def test_the_objective(objective, kwargs, callbacks, is_known):
     else:
         with pytest.raises(ValueError, match=f"objective={objective!r}"):
             check(**given)
+
+
+@pytest.mark.parametrize(("average", "is_number"), [(None, False), ("macro", True)])
+def test_the_objective_is_one_number(average, is_number):
+    metrics = ["accuracy", keras.metrics.F1Score(average=average, name="f1")]
+    made = hypermodel(3, **ONE_HOT_MODE, metrics=metrics)
+    given = {"made": made, "y": ONE_HOT, "validation_data": (X, ONE_HOT)}
+    check(**given, objective="val_accuracy")
+    if is_number:
+        check(**given, objective="val_f1")
+    else:
+        with pytest.raises(ValueError, match="objective='val_f1'.*F1Score.*average='macro'"):
+            check(**given, objective="val_f1")

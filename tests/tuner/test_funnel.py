@@ -351,6 +351,18 @@ def test_nor_with_that_of_other_data_in_batches(tmp_path, make, other):
         run(other)
 
 
+def test_nor_with_one_of_other_objectives(tmp_path):
+    def run(*directions):
+        goals = [keras_tuner.Objective(f"val_{n}", d) for n, d in directions]
+        return search(tmp_path, **QUICK, objective=goals, callbacks=Interrupts(1))
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(("loss", "min"), ("accuracy", "max"))
+    with pytest.raises(ValueError, match="another objective.*overwrite=True"):
+        run(("loss", "min"), ("loss", "max"))
+
+
 def test_a_worker_elsewhere_has_the_same_images_at_another_path(tmp_path, monkeypatch):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "oracle.json").write_text("{}")
@@ -621,6 +633,70 @@ def test_data_that_come_in_batches(tmp_path, make):
     mine, theirs = result.trials, expected.trials
     np.testing.assert_allclose(mine["score"], theirs["score"], rtol=1e-5)
     assert mine["stage"].tolist() == theirs["stage"].tolist()
+
+
+def test_backbones_that_a_function_of_hp_returns_each_time(tmp_path):
+    nets = {"a": hypermodels.tiny(), "b": hypermodels.tiny()}
+    made = hypermodels.hypermodel(
+        backbones=[lambda hp: nets[hp.Choice("net", list(nets))]], space=SPACE
+    )
+    watching = Watching()
+    result = search(
+        tmp_path, hypermodel=made, **{**QUICK, "finalists": 2}, callbacks=watching,
+    )  # fmt: skip
+    assert result.trials["error"].tolist() == [""] * 2
+    assert set(result.trials["stage"]) == {"fine-tuning"}
+    for run in watching.runs[:2]:
+        hypermodels.assert_same(run["begin"][:8], nets["a"].get_weights())
+    loss, _ = result.load_best_model().evaluate(*VALIDATION, verbose=0)
+    assert loss == pytest.approx(result.best_score, rel=1e-5)
+    for each in nets.values():
+        hypermodels.assert_same(each.get_weights(), hypermodels.tiny().get_weights())
+
+
+class Augmented(Batches):
+    """Other images in every pass."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + np.random.default_rng().normal(size=x.shape), y
+
+
+def test_data_that_differ_from_pass_to_pass_end_it_at_once(tmp_path):
+    with pytest.raises(ValueError, match="pass to pass.*Augment inside the model"):
+        search(tmp_path, **QUICK, x=Augmented(*TRAIN), batch_size=None)
+    assert len(trial_files(tmp_path)) == 1
+
+
+def test_a_metric_of_each_class_and_class_weights_of_one(tmp_path):
+    made = hypermodels.hypermodel(
+        label_mode="categorical",
+        metrics=["accuracy", keras.metrics.F1Score(name="f1")],
+        space=SPACE,
+    )
+    one_hot = np.eye(3, dtype="float32")
+    result = search(
+        tmp_path, hypermodel=made, **{**QUICK, "max_trials": 1}, x=TRAIN[0], y=one_hot[TRAIN[1]],
+        class_weight={0: 3.0}, validation_data=(VALIDATION[0], one_hot[VALIDATION[1]]),
+    )  # fmt: skip
+    assert result.trials["error"].tolist() == [""]
+    best = result.load_best_model()
+    predicted = np.eye(3)[best.predict(VALIDATION[0], verbose=0).argmax(axis=1)]
+    right = one_hot[VALIDATION[1]]
+    both = 2 * (predicted * right).sum(axis=0)
+    f1 = (both / (predicted.sum(axis=0) + right.sum(axis=0))).mean()
+    row = result.trials.loc[result.trials["score"].idxmin()]
+    rows = result.epochs[result.epochs["trial"] == row["trial"]].set_index("epoch")
+    assert rows.loc[row["best_epoch"], "val_f1"] == pytest.approx(f1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"space": {"head_epochs": 3}}, {"space": None, "tune": ["head_epochs"]}]
+)
+def test_head_epochs_are_the_funnels_own(tmp_path, kwargs):
+    with pytest.raises(ValueError, match="Expected head_epochs as an argument.*tune and space"):
+        search(tmp_path, hypermodel=hypermodels.hypermodel(**kwargs), **QUICK)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_regression(tmp_path):

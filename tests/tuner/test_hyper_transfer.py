@@ -418,6 +418,22 @@ def test_the_last_stage_has_an_epoch(epochs, count):
     assert sum(each.epochs for each in before) < epochs
 
 
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        (10, [("head", 9), ("fine-tuning", None)]),
+        (11, [("head", 9), ("fine-tuning 1", 1), ("fine-tuning 2", None)]),
+        (15, [("head", 9), ("fine-tuning 1", 3), ("fine-tuning 2", None)]),
+    ],
+)
+def test_nothing_thaws_while_the_funnel_trains_heads(epochs, expected):
+    space = {**FIXED, "head_epochs": None, "unfreeze": "all"}
+    made, hp = hypermodel(max_stages=3, space=space), drawn(**{"tuner/head_epochs": 9})
+    stages = made.stages(hp, made.build(hp), epochs=epochs)
+    assert [(each.name, each.epochs) for each in stages] == expected
+    assert stages[-1].unfreeze == "all"
+
+
 def test_a_backbone_without_weights_has_its_head_trained():
     base = keras.Sequential([keras.Input(SHAPE), keras.layers.MaxPooling2D()], name="base")
     model, history = fit(hypermodel(backbones={"base": base}))
@@ -529,6 +545,41 @@ def test_data_in_batches(tmp_path, is_cached):
     searched = hypermodel(space={**FIXED, "batch_size": [4, 12]})
     with pytest.raises(ValueError, match="Leave batch_size out"):
         searched.fit(hp, model, batches, epochs=3)
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="of tf.data")
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_class_weight_may_leave_classes_out(tmp_path, is_cached):
+    """They count as 1, as where Keras weighs arrays; the oracle weighs each row itself."""
+    import tensorflow as tf
+
+    x, y = data()
+    made = hypermodel(cache=tmp_path if is_cached else None)
+    hp = keras_tuner.HyperParameters()
+    found, expected = made.build(hp), made.build(hp)
+    expected.set_weights(found.get_weights())
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    made.fit(hp, found, batches, class_weight={0: 3.0}, shuffle=False, verbose=0)
+    fit(made, hp, model=expected, epochs=1, sample_weight=np.where(y == 0, 3.0, 1.0))
+    assert_same(found.get_weights(), expected.get_weights(), atol=2e-5)
+
+
+class Augmented(keras.utils.PyDataset):
+    """Other images in every pass."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        x, y = (each[8 * index : 8 * (index + 1)] for each in data())
+        return x + np.random.default_rng().normal(size=x.shape), y
+
+
+def test_data_that_differ_from_pass_to_pass_end_a_search(tmp_path):
+    made = hypermodel(cache=tmp_path)
+    hp = keras_tuner.HyperParameters()
+    with pytest.raises(keras_tuner.errors.FatalValueError, match="pass to pass.*'augment'.*cache"):
+        made.fit(hp, made.build(hp), Augmented(), epochs=3, verbose=0)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_epochs_that_are_no_number_are_passed_over(tmp_path):
     assert (outcome["score"], outcome["best_epoch"]) == (0.25, 1)
 
 
+def test_a_metric_that_is_a_vector(tmp_path):
+    """The mean over its classes, as KerasTuner writes it."""
+    f1 = [np.array([0.25, 0.75]), np.array([0.0, 0.5])]
+    succeed(tmp_path, trial("0"), history([0, 1], val_loss=[0.5, 0.25], val_f1=f1))
+    table = records.epochs_table(tmp_path, {"0": trial("0")})
+    assert table["val_f1"].tolist() == [0.5, 0.25]
+
+
 def test_no_number_at_all_is_a_failure(tmp_path):
     outcome = succeed(tmp_path, trial("0", "FAILED"), history(val_loss=[math.nan] * 3))
     assert outcome["status"] == "failed"

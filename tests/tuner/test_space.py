@@ -103,6 +103,26 @@ def test_a_range_is_narrowed():
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dropout", (0.0, 0.5), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        ("dropout", (0.05, 0.3), [0.05, 0.15, 0.25, 0.3]),
+        ("layer_decay", (0.8, 1.0), [0.8, 0.85, 0.9, 0.95, 1.0]),
+        ("label_smoothing", (0.0, 0.15), [0.0, 0.05, 0.1, 0.15]),
+        ("augment", (0, 1), [0.0, 0.25, 0.5, 0.75, 1.0]),
+    ],
+)
+def test_each_tuner_comes_to_both_ends_of_a_range(name, value, expected):
+    """At random, one after the other as the grid search, and as the Bayesian one."""
+    found = declared(space({name: value}))[name]
+    assert list(found.values) == expected
+    assert {found.random_sample(seed) for seed in range(100)} == set(expected)
+    assert {found.prob_to_value(i / 100) for i in range(101)} == set(expected)
+    assert [found.prob_to_value(found.value_to_prob(each)) for each in expected] == expected
+    assert found.default in expected
+
+
+@pytest.mark.parametrize(
     ("name", "value"), [("dropout", 0.6), ("learning_rate", 1), ("head_layers", 1)]
 )
 def test_a_range_of_one_value_fixes_it(name, value):

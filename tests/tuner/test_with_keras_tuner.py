@@ -88,6 +88,24 @@ def test_a_search_and_its_best_models(tmp_path, is_cached):
     assert_same(other.get_weights(), kept)
 
 
+def test_a_backbone_that_a_function_returns_each_time(tmp_path):
+    """The second model leaves the first one its weights."""
+    own = tiny()
+    of = tuner(tmp_path, hypermodel(backbones=[lambda: own], space=SEARCHED))
+    search(of, epochs=2)
+    for trial, model in zip(of.oracle.get_best_trials(2), of.get_best_models(2), strict=True):
+        assert trial.score == pytest.approx(score(model), rel=1e-4)
+        assert differ(inside(model), own.get_weights())
+    assert_same(own.get_weights(), tiny().get_weights())
+
+
+def test_every_epoch_of_a_trial_is_validated(tmp_path):
+    of = tuner(tmp_path, hypermodel())
+    with pytest.raises(ValueError, match="validation_freq=2. Leave it out"):
+        of.search(*data(), validation_data=data(), epochs=2, validation_freq=2, **QUIET)
+    assert len(of.oracle.trials) == 1
+
+
 @pytest.mark.parametrize("kind", [keras_tuner.BayesianOptimization, keras_tuner.GridSearch])
 def test_other_tuners(tmp_path, kind):
     made = hypermodel(
