@@ -169,7 +169,7 @@ def funnel_search(
             return search_result(tuner, folder, interrupted=True)
         finally:
             if own_features is not None and not interrupted:
-                shutil.rmtree(own_features, ignore_errors=True)
+                _remove(own_features)
 
 
 class FunnelOracle(DurableOracle, keras_tuner.Oracle):
@@ -310,11 +310,24 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    if not is_worker():
+        shutil.rmtree(_leaving(folder), ignore_errors=True)  # of a process that was killed
     hypermodel.cache = FeatureCache(folder)
     try:
         yield
     finally:
         hypermodel.cache = None
+
+
+def _remove(folder: Path) -> None:
+    """Remove the funnel's own features, all or none: half of them are no cache."""
+    with contextlib.suppress(OSError):  # there are none, or Windows, where a file of them is open
+        folder.rename(_leaving(folder))
+    shutil.rmtree(_leaving(folder), ignore_errors=True)
+
+
+def _leaving(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-removed")
 
 
 def _asked(
