@@ -87,7 +87,7 @@ def replacing_all(*filepaths: str | os.PathLike[str]) -> Iterator[tuple[Path, ..
     targets = [_target(filepath) for filepath in filepaths]
     token = secrets.token_hex(8)
     news = [_temporary(target, token) for target in targets]
-    moved = 0
+    is_moving = False
     _in_progress.add(token)
     try:
         for target, new in zip(targets, news, strict=True):
@@ -95,14 +95,15 @@ def replacing_all(*filepaths: str | os.PathLike[str]) -> Iterator[tuple[Path, ..
         yield tuple(news)
         for target, new in zip(targets, news, strict=True):
             _flush_file(target, new)
+        is_moving = True
         for target, new in zip(targets, news, strict=True):
             os.replace(new, target)  # noqa: PTH105 - the atomic call itself, by its own name
-            moved += 1
         for folder in {target.parent for target in targets}:
             _flush_folder(folder)
     finally:
         _in_progress.discard(token)
-        if moved == 0:
+        # Asked of the disk, since Ctrl-C may come between a move and what would count it.
+        if not is_moving or all(new.exists() for new in news):
             for new in news:
                 new.unlink(missing_ok=True)
 

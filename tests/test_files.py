@@ -109,6 +109,30 @@ def test_several_files_are_complete_before_the_first_is_moved(tmp_path, monkeypa
     assert seen == [("a", ["1", "2"]), ("b", ["2"])]
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_interrupted_at_the_first_of_several_moves(tmp_path, monkeypatch, after):
+    """Once the first is moved, the others are complete beside their targets, and stay."""
+    replace = os.replace
+
+    def interrupted(source, target):
+        if after:
+            replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+
+    def write():
+        with files.replacing_all(tmp_path / "a", tmp_path / "b") as (a, b):
+            a.write_text("1")
+            b.write_text("2")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    left = [path.read_text() for path in files.temporaries(tmp_path / "b")]
+    assert (left, (tmp_path / "a").exists()) == (["2"] if after else [], after)
+    assert not files.temporaries(tmp_path / "a")
+
+
 def test_a_link_is_followed_and_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.txt").symlink_to(tmp_path / "real" / "file.txt")

@@ -31,7 +31,7 @@ UNFINISHED = "unfinished"  # the folder of what a run needs to go on, there unti
 CHECKPOINT = f"{UNFINISHED}/best.keras"
 FEATURES = f"{UNFINISHED}/features"  # a folder of its own, a keras_xfer.FeatureCache
 SEARCH = "search"  # the folder of a search, KerasTuner's project, there until it has ended
-_SEARCH_STATE = f"{SEARCH}/oracle.json"
+SEARCH_STATE = f"{SEARCH}/oracle.json"  # as KerasTuner names it
 # What says that there is something to go on with goes first: the rest is of no use without it.
 _UNFINISHED_FILES = ("training_state.zip", "best.keras", "best.keras.json")
 # What the split is drawn by, of which the fingerprint of the images tells too.
@@ -101,7 +101,12 @@ class RunFolder:
             for name in (*OUTPUTS, RECORD, *self._unfinished()):
                 files.remove_leftovers(self / name)
             if not resume:
+                # First of all: of a search that was interrupted it tells of the best so far, and
+                # without that search it would pass for one that has ended.
+                self.remove("metrics.json")
                 self._remove_folders()
+            elif not self.is_searching():
+                self._remove_folder(SEARCH)  # half removed, or hardly begun
             if not (resume and self.is_unfinished()):
                 # What an earlier run could be taken for ended or unfinished by goes first, its record
                 # last: killed in between, nothing of it is ever taken for the new run's. (Features
@@ -131,7 +136,7 @@ class RunFolder:
 
     def is_searching(self) -> bool:
         """Return whether there is a search here that has not ended."""
-        return (self / _SEARCH_STATE).exists()
+        return (self / SEARCH_STATE).exists()
 
     def finished(self) -> dict[str, Any] | None:
         """Return the metrics of the run here, if it has come to its end."""
@@ -180,10 +185,13 @@ class RunFolder:
 
     def _remove_folders(self) -> None:
         if self.is_searching():
-            self.remove(_SEARCH_STATE)  # half removed, the rest is taken for nothing
+            self.remove(SEARCH_STATE)  # half removed, the rest is taken for nothing
         for name in (FEATURES, SEARCH):
-            if (self / name).exists():
-                shutil.rmtree(self / name)
+            self._remove_folder(name)
+
+    def _remove_folder(self, name: str) -> None:
+        if (self / name).exists():
+            shutil.rmtree(self / name)
 
     @staticmethod
     def _unfinished() -> list[str]:

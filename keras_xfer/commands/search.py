@@ -17,7 +17,7 @@ import keras
 from keras_xfer import applications, files, freezing, lifeline
 from keras_xfer.commands import caching, job, training
 from keras_xfer.commands.recipe import AUGMENTS, UsageError
-from keras_xfer.commands.runs import SEARCH, RunFolder
+from keras_xfer.commands.runs import SEARCH, SEARCH_STATE, RunFolder
 from keras_xfer.commands.screen import Screen, counted
 from keras_xfer.commands.search_recipe import FINALISTS, SearchRecipe, process_of
 from keras_xfer.commands.training import RESIZE, Classifier, Fitted
@@ -152,7 +152,7 @@ class Search:
         """Be the chief or a worker of a search whose folder another process writes.
 
         Raises:
-            UsageError: The chief was asked for another search, or never came.
+            UsageError: The chief was asked for another search, never came, or is gone for good.
         """
         is_worker = process_of(os.environ) == "worker"
         if is_worker and not self._wait_for_chief():
@@ -168,8 +168,13 @@ class Search:
                 f"{'; '.join(different)}. Give a worker the options of its chief"
             )
         told = json.loads((self._run / _IMAGES).read_text(encoding="utf-8"))
-        with training.reproducible(self._training_recipe()):
-            self._search(_image_folder(self._images, told), says=is_worker)
+        from keras_tuner.errors import FatalError
+
+        try:
+            with training.reproducible(self._training_recipe()):
+                self._search(_image_folder(self._images, told), says=is_worker)
+        except FatalError as error:
+            raise UsageError(training.one_line(error)) from error
 
     # --- Searching ---------------------------------------------------------------------------
 
@@ -215,6 +220,7 @@ class Search:
                 address=team.address,
                 port=team.port,
                 poll=poll,
+                state=self._run / SEARCH_STATE,
             )
         except WorkerDiedError as error:
             raise UsageError(

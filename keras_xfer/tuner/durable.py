@@ -5,7 +5,9 @@ The one module that touches what KerasTuner does not publish. Tried on keras-tun
 - a trial that ended is in the file as if it still ran until the next one begins, so a search that
   goes on runs it again;
 - a chief that comes back gives trials away that its workers are still at;
-- a call that finds the chief gone fails the trial, and error messages never reach the chief;
+- a call that finds the chief gone fails the trial, and error messages never reach the chief (see
+  `client`);
+- an error in a call to the oracle leaves it locked for ever;
 - `overwrite=True` in a worker deletes what all the others have done;
 - a trial that is run again is scored by what its earlier attempt told;
 - a grid search does not know how far it came;
@@ -14,6 +16,7 @@ The one module that touches what KerasTuner does not publish. Tried on keras-tun
 https://github.com/keras-team/keras-tuner/issues/1055 is the one of these that is known there.
 """
 
+import contextlib
 import datetime
 import functools
 import gc
@@ -30,15 +33,12 @@ import keras_tuner
 
 from keras_xfer import freezing
 from keras_xfer.files import remove_leftovers, write_text
-from keras_xfer.tuner import records, trial_files
+from keras_xfer.tuner import client, records, trial_files
 
 _IDLE_SECONDS = 0.2
-# How long a chief that comes back keeps a trial for the worker that had it, once nothing else is
-# left to do.
-GRACE_SECONDS = 30.0
-# How long a worker repeats a call that broke off. (One that finds no chief waits an hour for it, by
-# KerasTuner.)
-_PATIENCE_SECONDS = 300.0
+# How long a worker may be silent before a chief that came back gives its trial to another, once
+# nothing else is left to do.
+GRACE_SECONDS = 6 * client.BEAT_SECONDS
 # How many workers a trial may take with it: memory that is not enough, a library that crashes.
 MOST_DEATHS = 3
 _NO_LIMIT = 10**9
@@ -52,6 +52,27 @@ class _Seed(int):
         return True
 
 
+def _synchronized(method: Callable[..., Any]) -> Callable[..., Any]:
+    """KerasTuner's decorator, which leaves the lock taken where the method raises."""
+
+    @keras_tuner.synchronized
+    @functools.wraps(method)
+    def caught(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs), None
+        except BaseException as error:  # raised again once the lock is released
+            return None, error
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result, error = caught(*args, **kwargs)
+        if error is not None:
+            raise error
+        return result
+
+    return call
+
+
 class DurableOracle:
     """What makes an oracle of KerasTuner durable; `durable` mixes it in."""
 
@@ -62,7 +83,7 @@ class DurableOracle:
             kwargs["seed"] = _Seed(kwargs["seed"])
         super().__init__(*args, **kwargs)
         self._reserved: dict[str, str] = {}  # worker -> trial that it had before the chief was gone
-        self._came_back = 0.0
+        self._heard: dict[str, float] = {}  # trial -> when a worker last said that it is at it
         self._deaths: dict[str, int] = {}  # trial -> workers that died of it
 
     # --- Files -------------------------------------------------------------------------------
@@ -70,6 +91,12 @@ class DurableOracle:
     def save(self) -> None:
         """Write the state, atomically."""
         _write(self._get_oracle_fname(), self.get_state())  # type: ignore[attr-defined]
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state as plain data: what is kept for its worker is ongoing as before."""
+        state: dict[str, Any] = super().get_state()  # type: ignore[misc]
+        state["ongoing_trials"] = {**self._reserved, **state["ongoing_trials"]}
+        return state
 
     def _save_trial(self, trial: Any) -> None:
         folder = Path(self._get_trial_dir(trial.trial_id))  # type: ignore[attr-defined]
@@ -116,14 +143,16 @@ class DurableOracle:
             }
             kept = set(self._reserved.values())
             oracle._retry_queue = [each for each in oracle._retry_queue if each not in kept]
-            self._came_back = time.monotonic()
+            self._heard = {}
 
     # --- Trials ------------------------------------------------------------------------------
 
-    @keras_tuner.synchronized
+    @_synchronized
     def create_trial(self, tuner_id: str) -> Any:
         """Give a worker its trial: the one that it had, if it was not over."""
         oracle: Any = self
+        for reserved in self._reserved.values():  # since now at the latest they can be heard
+            self._heard.setdefault(reserved, time.monotonic())
         if tuner_id in self._reserved:
             return self._resume(tuner_id, self._reserved.pop(tuner_id))
         if tuner_id in oracle.ongoing_trials:  # it was cut off in it, and begins it anew
@@ -134,8 +163,10 @@ class DurableOracle:
         trial = self._next(tuner_id)
         if not self._reserved or trial.status not in ("IDLE", "STOPPED"):
             return trial
-        if time.monotonic() - self._came_back > GRACE_SECONDS:  # they do not come back
-            return self._resume(tuner_id, self._reserved.pop(next(iter(self._reserved))))
+        for worker, reserved in self._reserved.items():
+            if time.monotonic() - self._heard[reserved] > GRACE_SECONDS:  # it does not come back
+                del self._reserved[worker]
+                return self._resume(tuner_id, reserved)
         trial.status = "IDLE"
         oracle.tuner_ids.add(tuner_id)
         return trial
@@ -163,7 +194,20 @@ class DurableOracle:
             again.metrics = type(again.metrics)()
         return super().create_trial(tuner_id)  # type: ignore[misc]
 
-    @keras_tuner.synchronized
+    def get_trial(self, trial_id: str) -> Any:
+        """Return a trial. A worker that is at it asks for it again and again."""
+        self._heard[trial_id] = time.monotonic()
+        return super().get_trial(trial_id)  # type: ignore[misc]
+
+    @_synchronized
+    def update_trial(self, trial_id: str, metrics: Any, step: int = 0) -> Any:
+        """Take a trial's metrics, unless it has ended."""
+        oracle: Any = self
+        if trial_id in oracle.end_order:
+            return oracle.trials[trial_id]
+        return super().update_trial(trial_id, metrics, step)  # type: ignore[misc]
+
+    @_synchronized
     def end_trial(self, trial: Any) -> None:
         """Take a trial's end, once."""
         oracle: Any = self
@@ -211,7 +255,8 @@ class DurableTuner(keras_tuner.Tuner):
 
     With KerasTuner's environment variables it is a chief or a worker, see
     https://keras.io/guides/keras_tuner/distributed_tuning/: a worker waits for a chief that is
-    gone, and never overwrites.
+    gone, and never overwrites. Where the chief stays away, or that of another search has come in its
+    place, `search` ends with a `keras_tuner.errors.FatalError`, and the trial is run again later.
 
     Args:
         oracle: of `durable`, or a `FunnelOracle`.
@@ -283,7 +328,7 @@ class DurableTuner(keras_tuner.Tuner):
         self.after_each_trial: Callable[[], None] = _nothing
         self._waits = False
         if self._is_worker():
-            self.oracle: Any = _Patient(self.oracle)
+            self.oracle: Any = client.PatientClient(self.oracle)
 
     def _activate_all_conditions(self) -> None:
         # Builds the hypermodel again and again to find what its builds declare, from the first
@@ -333,8 +378,11 @@ class DurableTuner(keras_tuner.Tuner):
 
     def _try_run_and_update_trial(self, trial: Any, *args: Any, **kwargs: Any) -> None:
         # As KerasTuner's, which prints the traceback too: here it is kept, see `run_trial`.
+        is_worker = self._is_worker()
+        telling = self.oracle.at_work(trial.trial_id) if is_worker else contextlib.nullcontext()
         try:
-            self._run_and_update_trial(trial, *args, **kwargs)
+            with telling:
+                self._run_and_update_trial(trial, *args, **kwargs)
         except keras_tuner.errors.FatalError:
             raise
         except keras_tuner.errors.FailedTrialError:
@@ -351,6 +399,9 @@ class DurableTuner(keras_tuner.Tuner):
             kwargs["epochs"] = values["tuner/epochs"]
             kwargs["initial_epoch"] = values["tuner/initial_epoch"]
         folder = Path(self.get_trial_dir(trial.trial_id))
+        given = dict(values)
+        if self._is_worker():
+            client.check_given(folder / "trial.json", given)
         for name in (trial_files.STATE, trial_files.WEIGHTS, *records.FILES):
             (folder / name).unlink(missing_ok=True)  # of an attempt that was cut off
         for name in (trial_files.STATE, trial_files.WEIGHTS, *records.FILES, "trial.json"):
@@ -361,12 +412,24 @@ class DurableTuner(keras_tuner.Tuner):
         try:
             results = super().run_trial(trial, *args, **kwargs)
             seconds = time.perf_counter() - began
+            self._ask_about(trial, given)
             records.write_success(folder, trial, self.oracle.objective, results, seconds)
+        except keras_tuner.errors.FatalError:  # which is not the trial's failure
+            raise
         except Exception:
-            seconds = time.perf_counter() - began
-            records.write_failure(folder, trial, seconds, traceback.format_exc())
+            seconds, error = time.perf_counter() - began, traceback.format_exc()
+            if self._ask_about(trial, given) not in _OVER:
+                records.write_failure(folder, trial, seconds, error)
             raise
         return results
+
+    def _ask_about(self, trial: Any, given: dict[str, Any]) -> str:
+        """The status of a trial that was run: over, where another worker had it too."""
+        known = self.oracle.get_trial(trial.trial_id)
+        if self._is_worker():
+            client.check_known(known, given)
+        status: str = known.status
+        return status
 
     def load_model(self, trial: Any) -> keras.Model:
         """Build the model of a trial with the weights of its best epoch."""
@@ -401,36 +464,6 @@ class _NothingNewError(Exception):
 
 def _nothing() -> None:
     """What is done after a trial where nobody asks."""
-
-
-class _Patient:
-    """A worker's view of the oracle, which asks again where the chief is gone for a while."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self._oracle = vars(client)["_oracle"]  # as in KerasTuner's own client
-        self.multi_worker = False
-        self.should_report = True
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._client, name)
-        return _patient(value) if callable(value) else value
-
-
-def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
-    import grpc  # keras-tuner's own requirement
-
-    def asking(*args: Any, **kwargs: Any) -> Any:
-        until = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                return call(*args, **kwargs)
-            except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
-                    raise
-                time.sleep(_IDLE_SECONDS)
-
-    return asking
 
 
 def _write(filepath: str | os.PathLike[str], value: Any) -> None:

@@ -178,7 +178,7 @@ def funnel_search(
             return search_result(tuner, folder, interrupted=True)
         finally:
             if own_features is not None and not interrupted:
-                shutil.rmtree(own_features, ignore_errors=True)
+                _remove(own_features)
 
 
 class FunnelOracle(DurableOracle, keras_tuner.Oracle):
@@ -335,6 +335,8 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    if not is_worker():
+        shutil.rmtree(_leaving(folder), ignore_errors=True)  # of a process that was killed
     hypermodel.cache = FeatureCache(folder)
     try:
         yield
@@ -345,6 +347,17 @@ def _cached(hypermodel: HyperTransfer, folder: Path | None) -> Iterator[None]:
 def _objectives(oracle: FunnelOracle) -> list[Any]:
     """Each of what trials are compared by, where a list was given; else the one."""
     return getattr(oracle.objective, "objectives", [oracle.objective])
+
+
+def _remove(folder: Path) -> None:
+    """Remove the funnel's own features, all or none: half of them are no cache."""
+    with contextlib.suppress(OSError):  # there are none, or Windows, where a file of them is open
+        folder.rename(_leaving(folder))
+    shutil.rmtree(_leaving(folder), ignore_errors=True)
+
+
+def _leaving(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-removed")
 
 
 def _asked(

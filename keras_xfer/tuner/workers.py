@@ -1,6 +1,8 @@
 """A chief and its workers on this machine: started, restarted when they die, ended together."""
 
 import contextlib
+import json
+import math
 import os
 import signal
 import socket
@@ -19,6 +21,7 @@ _POLL_SECONDS = 0.25
 _MOST_DEATHS = 5
 _LAST_LINES = 5
 _ENDING_SECONDS = 5.0  # that a process gets to end by itself
+_FAREWELL_SECONDS = 5.0  # that a worker gets to ask once more after its last trial, and be told
 
 
 class WorkerDiedError(RuntimeError):
@@ -33,6 +36,7 @@ def run_workers(
     address: str = LOOPBACK,
     port: int | None = None,
     poll: Callable[[], int] | None = None,
+    state: str | os.PathLike[str] | None = None,
     most_deaths: int = _MOST_DEATHS,
 ) -> None:
     """Run a command as the chief of a search and as its workers, until the search is over.
@@ -51,6 +55,8 @@ def run_workers(
             machines are waited for. Defaults to `"127.0.0.1"`.
         port: int, where it listens there; None: one that is free.
         poll: function that is called several times a second and returns how many trials have ended.
+        state: str or path of the search's `oracle.json`: a worker that joined by hand is waited for,
+            on loopback too, while the file says that it is at a trial.
         most_deaths: int, how often one of them may die with no trial ended in between. Defaults to
             5.
 
@@ -96,8 +102,15 @@ def run_workers(
                 num_ended = poll() if poll is not None else 0
                 for process in (chief, *workers):
                     process.look_after(num_ended, most_deaths)
-            # Workers of other machines may be at their last trials, which the chief waits for.
-            while not (chief.has_ended or is_loopback(address)):
+            # Workers that are not of here may be at their last trials. The chief waits for them, but
+            # ends half a minute late: on loopback not without need.
+            names = {f"tuner{i}" for i in range(num_workers)}
+            until = 0.0 if is_loopback(address) else math.inf
+            while not chief.has_ended:
+                if state is not None and _others_at_work(Path(state), names):
+                    until = max(until, time.monotonic() + _FAREWELL_SECONDS)
+                if time.monotonic() >= until:
+                    break
                 time.sleep(_POLL_SECONDS)
                 chief.look_after(poll() if poll is not None else 0, most_deaths)
             if poll is not None:
@@ -136,6 +149,19 @@ def free_port(address: str, port: int | None = None) -> int:
 def is_loopback(address: str) -> bool:
     """Whether an address is reached from this machine alone."""
     return address in ("localhost", "::1", "[::1]") or address.startswith("127.")
+
+
+def _others_at_work(state: Path, names: set[str]) -> bool:
+    """Whether a worker of another name is at a trial, by what the chief has written."""
+    try:
+        told = json.loads(state.read_text("utf-8"))
+    except FileNotFoundError:
+        return False
+    # A trial that ended is in the file as if it still ran until the next one begins.
+    return any(
+        name not in names and trial not in told["end_order"]
+        for name, trial in told["ongoing_trials"].items()
+    )
 
 
 class _Process:

@@ -68,11 +68,13 @@ def resumes(folder, record):
     return "goes on" if run.is_unfinished() else "begins"
 
 
-@pytest.mark.parametrize("state", ["ended", "unfinished", "both"])
+@pytest.mark.parametrize("state", ["ended", "unfinished", "both", "searching"])
 @pytest.mark.parametrize("record", [OLD, NEW])
 def test_wherever_a_new_run_is_killed_no_old_result_is_taken_for_its_own(run, kills, state, record):
-    """`both`: cut off while the report was written."""
-    if state != "ended":
+    """`both`: cut off while the report was written. `searching`: interrupted, with the best so far."""
+    if state == "searching":
+        write(run, "search/oracle.json")
+    elif state != "ended":
         unfinished(run)
     if state == "unfinished":
         run.remove("metrics.json")
@@ -86,10 +88,11 @@ def test_wherever_a_new_run_is_killed_no_old_result_is_taken_for_its_own(run, ki
         # Nothing incomplete is taken for a run that has ended, nor half a backup for a whole one.
         for each in states:
             found = resumes(each, OLD)
-            assert found in ("ended", "goes on", "begins")
+            assert found in ("goes on", "begins", *(["ended"] if state == "ended" else []))
+            assert (RunFolder(each).time_finished() is None) == (found != "ended")
             if found == "ended":
                 assert all((each / name).exists() for name in OUTPUTS)
-            if found == "goes on":
+            if found == "goes on" and state != "searching":
                 assert all((each / "unfinished" / name).exists() for name in BACKUP)
     else:
         assert {resumes(each, NEW) for each in states} == {"refused", "begins"}
@@ -113,6 +116,14 @@ def test_what_there_is_to_go_on_from_survives_any_failure(run):
     with pytest.raises(RuntimeError), run.writing(OLD, resume=True):
         raise RuntimeError
     assert run.is_unfinished()
+
+
+@pytest.mark.parametrize("is_searching", [False, True])
+def test_a_search_that_is_half_removed_is_not_gone_on_with(run, is_searching):
+    (run / "search" / "trial_0").mkdir(parents=True)
+    write(run, "search/trial_0/outcome.json", *(["search/oracle.json"] if is_searching else []))
+    with run.writing(OLD, resume=True):
+        assert (run / "search").exists() == is_searching
 
 
 def test_somebody_elses_backup_is_refused(tmp_path):

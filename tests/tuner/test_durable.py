@@ -1,9 +1,11 @@
 """A search's files: complete at any moment, and put right where they were cut off between two."""
 
+import errno
 import json
 import math
 import os
 import shutil
+import threading
 
 import keras
 import keras_tuner
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from keras_xfer.tuner import DurableTuner, FunnelOracle, durable
+from keras_xfer.tuner.durable import GRACE_SECONDS
 from tests.tuner import hypermodels
 from tests.tuner.hypermodels import Watching
 
@@ -206,6 +209,70 @@ def test_the_chief_keeps_what_a_worker_told_before_it_was_gone(tmp_path, monkeyp
     second.end_trial(trial)
     assert second.trials[trial.trial_id].score == 0.1
     assert run(second, "tuner0") != trial.trial_id
+
+
+@pytest.fixture
+def back(tmp_path, monkeypatch):
+    """A chief that went while `tuner0` was at trial 0, and what it is when it is back."""
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "chief")
+    assert make(tmp_path, max_trials=1).create_trial("tuner0").trial_id == "0"
+    return lambda **kwargs: make(tmp_path, **{"max_trials": 1, **kwargs})
+
+
+def test_the_chief_gives_no_trial_away_whose_worker_lives(back, later):
+    oracle = back()
+    later(1000)  # until it listens
+    assert oracle.create_trial("tuner1").status == "IDLE"
+    for _ in range(5):
+        later(GRACE_SECONDS - 1)
+        oracle.get_trial("0")  # as workers do while they train
+        assert oracle.create_trial("tuner1").status == "IDLE"
+    later(GRACE_SECONDS - 1)
+    assert oracle.create_trial("tuner1").status == "IDLE"
+    later(2)  # now it is silent
+    trial = oracle.create_trial("tuner1")
+    assert (trial.status, trial.trial_id) == ("RUNNING", "0")
+    assert oracle.ongoing_trials == {"tuner1": trial}
+
+
+def test_nor_one_that_comes_back_twice(back):
+    assert back(max_trials=3).create_trial("tuner1").trial_id == "1"
+    oracle = back(max_trials=3)
+    assert oracle.create_trial("tuner2").trial_id == "2"
+    assert oracle.create_trial("tuner3").status == "IDLE"
+    assert [oracle.create_trial(f"tuner{n}").trial_id for n in (0, 1)] == ["0", "1"]
+
+
+def test_what_comes_after_the_end_of_a_trial_changes_nothing(tmp_path):
+    oracle = make(tmp_path)
+    trial_id = run(oracle)
+    before = table(oracle)
+    late = keras_tuner.engine.trial.Trial(oracle.get_space(), trial_id, "FAILED", "too late")
+    oracle.update_trial(trial_id, {"val_loss": -1.0}, step=7)
+    oracle.end_trial(late)
+    assert table(oracle) == table(make(tmp_path)) == before
+    assert oracle.trials[trial_id].metrics.get_best_value("val_loss") == before[trial_id][1]
+
+
+@pytest.mark.parametrize("what", ["create_trial", "update_trial", "end_trial"])
+def test_an_error_leaves_the_oracle_to_others(tmp_path, monkeypatch, what):
+    oracle = make(tmp_path)
+    trial = oracle.create_trial("tuner0")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(oracle, "_save_trial", full)
+    arguments = {"create_trial": ["tuner1"], "update_trial": ["0", {"val_loss": 1.0}]}
+    with pytest.raises(OSError, match="No space left"):
+        getattr(oracle, what)(*arguments.get(what, [trial]))
+    monkeypatch.undo()
+    # As KerasTuner's server does, in a thread of another name.
+    other = threading.Thread(target=oracle.create_trial, args=["tuner2"], daemon=True)
+    other.start()
+    other.join(10)
+    assert "tuner2" in oracle.ongoing_trials
 
 
 def test_a_trial_whose_end_the_oracle_has_not_heard_of(tmp_path):

@@ -2,6 +2,8 @@
 test_funnel_oracle.py."""
 
 import json
+import shutil
+from pathlib import Path
 
 import keras
 import keras_tuner
@@ -11,6 +13,9 @@ import pytest
 
 from keras_xfer.bundle import read_bundle
 from keras_xfer.features import FeatureCache
+from keras_xfer.features.manifest import FORMAT
+from keras_xfer.features.store import MARKER
+from keras_xfer.files import write_json
 from keras_xfer.retarget import capture
 from keras_xfer.tuner import FunnelOracle, asked
 from tests.callbacks.test_resuming import differing
@@ -420,6 +425,29 @@ def test_killed_while_it_begins_anew(tmp_path, monkeypatch):
     watching = Watching()
     search(tmp_path, **new, callbacks=watching)
     assert len(watching.runs) == 3
+
+
+def test_killed_while_its_features_are_removed(whole, tmp_path, monkeypatch):
+    """Half of them would be refused as no cache, and always."""
+    folder = tmp_path / "search"
+    shutil.copytree(whole[0], folder)
+    (folder / "features" / "entry").mkdir(parents=True)
+    write_json(folder / "features" / MARKER, {"format": FORMAT})
+
+    class Killed(BaseException):
+        pass
+
+    def dies(path, **kwargs):
+        for each in Path(path).glob(MARKER):
+            each.unlink()
+            raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    with pytest.raises(Killed):
+        search(folder, shuffle=False)
+    monkeypatch.undo()
+    same(search(folder, shuffle=False), whole[1])
+    assert not [path for path in folder.iterdir() if "features" in path.name]
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------

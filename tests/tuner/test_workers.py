@@ -199,6 +199,31 @@ if name == "chief":
     assert (tmp_path / "tuner0.log").read_text().strip() == "127.0.0.1"
 
 
+def test_a_worker_that_joined_by_hand_is_waited_for(tmp_path, monkeypatch):
+    """On loopback too, for as long as the chief has a trial of it."""
+    monkeypatch.setattr(workers, "_FAREWELL_SECONDS", 0.2)
+    code = """
+import json
+def tell(ended):
+    state = {"ongoing_trials": {"tuner0": "1", "late0": "2"}, "end_order": ended}
+    (here / "next").write_text(json.dumps(state))
+    (here / "next").rename(here / "oracle.json")
+if name == "chief":
+    tell(["1"])
+    time.sleep(1.5)
+    (here / "done").touch()
+    tell(["1", "2"])
+    time.sleep(60)
+while not (here / "oracle.json").exists():
+    time.sleep(0.01)
+"""
+    began = time.monotonic()
+    run_workers(command(code, tmp_path), 1, logs=tmp_path, state=tmp_path / "oracle.json")
+    assert time.monotonic() - began < 50
+    assert (tmp_path / "done").exists()
+    assert gone(tmp_path)
+
+
 def test_an_exception_ends_all(tmp_path):
     class OfTheCaller(Exception):  # noqa: N818
         pass
