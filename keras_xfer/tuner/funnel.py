@@ -116,10 +116,11 @@ def funnel_search(
             raise TypeError(
                 f"Expected head_epochs and fine_tune_epochs. Received: {name}={fit_kwargs[name]!r}."
             )
-    if hypermodel.says_head_epochs():
+    if not hypermodel.takes_head_epochs(head_epochs):
         raise ValueError(
             "Expected head_epochs as an argument of funnel_search alone, whose rounds follow from it. "
-            "Received: a hypermodel with a hyperparameter head_epochs. Leave it out of tune and space."
+            f"Received: head_epochs={head_epochs}, and a hypermodel with a hyperparameter head_epochs "
+            "that says otherwise. Leave it out of tune and space."
         )
     default = "val_loss" if hypermodel.task == "regression" else "val_accuracy"
     oracle = FunnelOracle(

@@ -323,10 +323,10 @@ class HyperTransfer(keras_tuner.HyperModel):
         """Whether `batch_size` is searched, or fixed by `space`."""
         return self._space.values(keras_tuner.HyperParameters())["batch_size"] is not None
 
-    def says_head_epochs(self) -> bool:
-        """Whether `head_epochs` is searched, or fixed by `space`."""
-        is_fixed = self._space.parameters["head_epochs"].default is not None
-        return is_fixed or "head_epochs" in self._space.searched
+    def takes_head_epochs(self, epochs: int) -> bool:
+        """Whether `head_epochs` is neither searched nor fixed at another number than `epochs`."""
+        default = self._space.parameters["head_epochs"].default
+        return default in (None, epochs) and "head_epochs" not in self._space.searched
 
     # --- The schedule ------------------------------------------------------------------------
 

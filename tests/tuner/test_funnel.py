@@ -725,6 +725,8 @@ def test_head_epochs_are_the_funnels_own(tmp_path, kwargs):
     with pytest.raises(ValueError, match="Expected head_epochs as an argument.*tune and space"):
         search(tmp_path, hypermodel=hypermodels.hypermodel(**kwargs), **QUICK)
     assert not list(tmp_path.iterdir())
+    same = hypermodels.hypermodel(space={**SPACE, "head_epochs": QUICK["head_epochs"]})
+    assert len(search(tmp_path, hypermodel=same, **QUICK).trials) == 2
 
 
 def test_a_regression(tmp_path):
