@@ -92,12 +92,16 @@ def of_callable(value: Any) -> Any:
     if isinstance(value, Mapping):
         if value.get("class_name") == "__lambda__":  # whose code is not the same everywhere
             return "<lambda>"
-        told = {str(name): of_callable(each) for name, each in value.items()}
-        if isinstance(told.get("name"), str):  # auc_1 is the second that this process makes
-            told["name"] = re.sub(r"_\d+$", "", told["name"])
-        return told
+        config = {str(name): of_callable(each) for name, each in value.items()}
+        if isinstance(config.get("name"), str):  # auc_1 is the second that this process makes
+            config["name"] = re.sub(r"_\d+$", "", config["name"])
+        return config
     if isinstance(value, keras.losses.Loss | keras.metrics.Metric):
-        return [type(value).__name__, of_callable(value.get_config())]
+        told: list[Any] = [type(value).__name__, of_callable(value.get_config())]
+        if isinstance(value, keras.losses.Loss):
+            # What a function is called with: the delta of Huber is in no config (keras 3.15.1).
+            told.append(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)))
+        return told
     if hasattr(value, "__array__"):
         return np.asarray(value).tolist()
     return getattr(value, "__name__", type(value).__name__)

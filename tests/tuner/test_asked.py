@@ -39,6 +39,7 @@ def mean_of(function):
     [
         (lambda: FOCAL(gamma=2.0), lambda: FOCAL(gamma=5.0)),
         (lambda: FOCAL(alpha=[0.1, 0.2]), lambda: FOCAL(alpha=[0.2, 0.2])),
+        (lambda: keras.losses.Huber(delta=1.0), lambda: keras.losses.Huber(delta=2.0)),
         (lambda: keras.losses.MeanSquaredError(), lambda: keras.losses.MeanAbsoluteError()),
         (lambda: own_loss, lambda: "mse"),
         (lambda: {"a": FOCAL(gamma=2.0)}, lambda: {"a": FOCAL(gamma=5.0)}),
