@@ -299,13 +299,12 @@ def _of_the_head(recipe: Recipe, reason: str) -> Recipe:
             thawing.append("--fine-tune-rate")
         if recipe.head_epochs not in (None, recipe.epochs):
             thawing.append("--head-epochs")
-        recipe = dataclasses.replace(recipe, unfreeze=None)
     if thawing:
         raise UsageError(
             f"{' and '.join(thawing)}: {recipe.hub!r} cannot be trained, for {reason}. Leave out "
             "what thaws it: the head alone trains then"
         )
-    return recipe
+    return recipe if recipe.stages is not None else dataclasses.replace(recipe, unfreeze=None)
 
 
 def _told_stages(told: Sequence[Stage], recipe: Recipe) -> list[Stage]:

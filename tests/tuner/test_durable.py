@@ -384,7 +384,13 @@ class StopsAt(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize(
-    "kind", [*KINDS[:3], pytest.param(oracles.HyperbandOracle, marks=pytest.mark.slow)]
+    "kind",
+    [
+        oracles.BayesianOptimizationOracle,
+        pytest.param(oracles.RandomSearchOracle, marks=pytest.mark.slow),
+        pytest.param(oracles.GridSearchOracle, marks=pytest.mark.slow),
+        pytest.param(oracles.HyperbandOracle, marks=pytest.mark.slow),
+    ],
 )
 def test_every_oracle_goes_on_as_if_it_had_never_stopped(tmp_path, kind):
     whole = search(tuner(tmp_path / "whole", kind))

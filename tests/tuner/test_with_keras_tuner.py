@@ -193,7 +193,7 @@ def test_mixed_precision_through_a_search(tmp_path):
 # --- The checkpoint --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("is_cached", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("best", ["while frozen", "after thawing"])
 def test_the_checkpoint_is_keras_tuners_own(tmp_path, best, is_cached):
     """The file has what KerasTuner writes by itself, whichever epoch is the best."""
@@ -250,7 +250,9 @@ def test_the_best_of_two_executions(tmp_path):
     assert trial.score == pytest.approx(np.mean(losses))
 
 
-@pytest.mark.parametrize("order", ["better first", "worse first"])
+@pytest.mark.parametrize(
+    "order", ["better first", pytest.param("worse first", marks=pytest.mark.slow)]
+)
 def test_a_worse_execution_does_not_overwrite_a_better_one(tmp_path, order):
     """Each ends at what its number of epochs allows."""
 
