@@ -129,6 +129,11 @@ def top_layers(model: keras.Layer) -> list[keras.Layer]:
     return list(model._flatten_layers(include_self=False, recursive=False)) or [model]
 
 
+def spec_numbers(nodes: Iterable[Node]) -> dict[int, int]:
+    """The number of each tensor that `nodes` give, by the id of its symbol."""
+    return {id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)}
+
+
 def graph_nodes(
     model: keras.Layer, *, nested: bool = True
 ) -> tuple[list[Node], tuple[int, ...]] | None:

@@ -217,7 +217,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 load_state(callback, states[name])
         set_random_state(content["random"])
         epoch = content["epoch"] + 1
-        # A run that was over has no more epochs, whatever `fit` was told, unless by a new schedule.
+        # A run that was over has no more epochs, whatever `fit` was told, unless another one goes on.
         is_over = content["is_over"] and not changed
         begin_at(self.model, max(epoch, self.params["epochs"]) if is_over else epoch)
         if self.verbose:

@@ -11,7 +11,7 @@ import keras
 from keras_xfer import flops, freezing
 from keras_xfer.blocks import cuts
 from keras_xfer.features.entry import dtype_of
-from keras_xfer.features.live import live_layers, own_layers, random_layers
+from keras_xfer.features.live import OWN_LAYERS_MAY, live_layers, own_layers, random_layers
 from keras_xfer.features.split import cut_between, split_between
 from keras_xfer.layers.backbone import Backbone
 from keras_xfer.stages.planning import PlannedStage
@@ -245,8 +245,7 @@ def _check_fixed(prefix: keras.Model, backbone: Backbone, augments: bool) -> Non
     if own := own_layers(prefix):
         raise ValueError(
             f"{_named(own)} below the cut may act while training by code of their own: let them "
-            "draw from a keras.random.SeedGenerator that they keep, which views=K can repeat, leave "
-            "`training` out of a call that does not need it, or put them inside the Backbone"
+            f"{OWN_LAYERS_MAY} the Backbone"
         )
     random = random_layers(prefix)
     if random and not augments:

@@ -300,9 +300,8 @@ def check_views(extractor: keras.Layer, views: int) -> None:
     if own := live.own_layers(extractor):
         raise ValueError(
             "Expected layers of which it is known what they do while training. Received: "
-            f"{_named(own)}, which may act by code of their own. Let them draw from a "
-            "keras.random.SeedGenerator that they keep, which views=K can repeat, leave `training` "
-            "out of a call that does not need it, or put them inside a keras_xfer Backbone."
+            f"{_named(own)}, which may act by code of their own. Let them "
+            f"{live.OWN_LAYERS_MAY} a keras_xfer Backbone."
         )
     acting = live.live_layers(extractor)
     random = {id(layer) for layer in live.random_layers(extractor)}

@@ -95,8 +95,15 @@ class CachedFeatures(Ordered):
         manifest, columns = self._entry.manifest, self._entry.columns
         view = columns.views[epoch % self.views]
         features = pack(manifest.features, [column.take(rows) for column in view])
-        rest = pack(manifest.rest, [column.take(rows) for column in columns.rest])
-        return (features, *rest)
+        return (features, *self.rest_of(rows))
+
+    def rest_of(self, rows: np.ndarray) -> tuple[Any, ...]:
+        """What comes with the features of some rows, such as labels, without reading these."""
+        columns = self._entry.columns.rest
+        rest: tuple[Any, ...] = pack(
+            self._entry.manifest.rest, [column.take(rows) for column in columns]
+        )
+        return rest
 
     def as_tf_dataset(self, *, prefetch: bool = False) -> Any:
         """The same batches in the same order as a native `tf.data.Dataset`, which TensorFlow trains

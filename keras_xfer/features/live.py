@@ -21,6 +21,13 @@ _REGULARIZERS = (
 )
 
 
+# What the user may do about `own_layers`, in a message.
+OWN_LAYERS_MAY = (
+    "draw from a keras.random.SeedGenerator that they keep, which views=K can repeat, leave "
+    "`training` out of a call that does not need it, or put them inside"
+)
+
+
 class Still(keras.layers.Layer):
     """`layer` as `predict` runs it: augmentation inside does nothing, also where it is stored."""
 

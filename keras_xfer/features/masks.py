@@ -53,9 +53,7 @@ def _graph_of(layer: Any) -> tuple[list[freezing.Node], list[int], Sequence[int]
     if graph is None:
         return None
     nodes, outputs = freezing.graph_nodes(graph, nested=False) or ([], ())
-    number = {
-        id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
-    }
+    number = freezing.spec_numbers(nodes)
     return nodes, [number[id(spec)] for spec in graph.inputs], outputs
 
 

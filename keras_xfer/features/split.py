@@ -176,9 +176,7 @@ def _halves(graph: Any, chosen: _Choice, name: str) -> _Halves:
     inputs = keras.tree.map_structure(
         lambda each: _input_like(each, name=each.name, optional=optional[id(each)]), graph.input
     )
-    number = {
-        id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
-    }
+    number = freezing.spec_numbers(nodes)
     begin = [number[id(spec)] for spec in graph.inputs]
     below = dict(zip(begin, keras.tree.flatten(inputs), strict=True))
     inner: dict[int, list[Any]] = {}  # what crosses inside a layer that is cut
@@ -191,7 +189,7 @@ def _halves(graph: Any, chosen: _Choice, name: str) -> _Halves:
     above_nodes = [nodes[i] for i, side in sides.items() if side == "above"]
     crossing = _crossing(above_nodes, below, outputs)
     tensors = [below[i] for i in crossing] + [each for i in inner for each in inner[i]]
-    _check_masks(nodes, crossing)
+    _check_masks(nodes, crossing, masked_tensors(nodes))
     prefix = keras.Model(inputs, _one_or_list(tensors), name=f"{name}_prefix")
 
     begins = [_input_like(tensor) for tensor in tensors]
@@ -297,11 +295,10 @@ def _backbone_halves(backbone: Backbone, units: frozenset[int]) -> Any:
     below, above, crossing = cut_between(nodes, outputs, units)
     if not below:
         return "above"
-    number = {
-        id(spec): i for node in nodes for spec, i in zip(node.specs, node.outputs, strict=True)
-    }
-    if masked_tensors(nodes).intersection(outputs) and backbone.pooling is None:
-        _check_masks(nodes, crossing)  # where they begin above the cut, they are there
+    number = freezing.spec_numbers(nodes)
+    masked = masked_tensors(nodes)
+    if masked.intersection(outputs) and backbone.pooling is None:
+        _check_masks(nodes, crossing, masked)  # where they begin above the cut, they are there
     graph: Any = freezing.graph_of(backbone.model)
     inputs = tuple(number[id(spec)] for spec in graph.inputs)
     cut = Cut(below, above, inputs, crossing, outputs)
@@ -365,8 +362,7 @@ def _one_or_list(tensors: list[Any]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _check_masks(nodes: Sequence[Node], crossing: Iterable[int]) -> None:
-    masked = masked_tensors(nodes)
+def _check_masks(nodes: Sequence[Node], crossing: Iterable[int], masked: set[int]) -> None:
     for i in crossing:
         if i in masked:
             layer = next(node.layer for node in nodes if i in node.outputs)

@@ -246,7 +246,7 @@ def _of_every_class(class_weight: dict[int, float], features: CachedFeatures) ->
     count = 0
     for begin in range(0, features.num_samples, features.batch_size):
         end = min(begin + features.batch_size, features.num_samples)
-        _, *rest = features.batch_of(np.arange(begin, end), epoch=0)
+        rest = features.rest_of(np.arange(begin, end))
         if len(rest) != 1 or not isinstance(rest[0], np.ndarray):  # which Keras refuses
             return class_weight
         is_one_hot = rest[0].ndim > 1 and rest[0].shape[-1] > 1

@@ -37,8 +37,8 @@ def rehearsal(
     They are taken by a fresh optimizer with the configuration of the model's, but for its rate,
     which is a number, and for gradient accumulation, which is off. The groups of a
     `GroupedOptimizer` keep their proportion to the first. All is put back at the end, also after an
-    exception: the optimizer, which has not been touched, and others that the model has; all variables, with metrics and seeds; the
-    train function; the gradients and generators of torch.
+    exception: the optimizer, which has not been touched, and others that the model has; all
+    variables, with metrics and seeds; the train function; the gradients and generators of torch.
 
     Args:
         model: not inside of `fit`.

@@ -553,6 +553,18 @@ def test_it_says_where_each_stage_is_cut_and_why():
 # --- Errors --------------------------------------------------------------------------------------
 
 
+def check_uncached(make, reason, error=None):
+    """A model that cannot be cut trains as a whole, says why, and is refused where it must be cut."""
+    history = cached(model := make(), boundary="auto")
+    assert {each.at for each in history.boundaries} == {None}
+    assert reason in history.boundaries[0].reason
+    expected = make()
+    plain(expected)
+    assert_equal_weights(expected, model)
+    with pytest.raises(ValueError, match=error or reason):
+        cached(make())
+
+
 class OwnStep(keras.Model):
     def train_step(self, *args, **kwargs):
         return super().train_step(*args, **kwargs)
@@ -566,14 +578,7 @@ def test_a_model_with_steps_of_its_own_trains_uncached():
         model.compile("adam", LOSS(from_logits=True), metrics=["accuracy"])
         return model
 
-    history = cached(model := own(), boundary="auto")
-    assert {each.at for each in history.boundaries} == {None}
-    assert "OwnStep has a train_step of its own" in history.boundaries[0].reason
-    expected = own()
-    plain(expected)
-    assert_equal_weights(expected, model)
-    with pytest.raises(ValueError, match="OwnStep has a train_step of its own"):
-        cached(own())
+    check_uncached(own, "OwnStep has a train_step of its own")
 
 
 class OwnCall(keras.Model):
@@ -592,14 +597,7 @@ def test_a_model_without_a_graph_trains_uncached():
         model.compile("adam", LOSS(from_logits=True), metrics=["accuracy"], **EAGER)
         return model
 
-    history = cached(model := own(), boundary="auto")
-    assert {each.at for each in history.boundaries} == {None}
-    assert "no graph to cut" in history.boundaries[0].reason
-    expected = own()
-    plain(expected)
-    assert_equal_weights(expected, model)
-    with pytest.raises(ValueError, match="no graph to cut.*functional API"):
-        cached(own())
+    check_uncached(own, "no graph to cut", "no graph to cut.*functional API")
 
 
 @pytest.mark.parametrize(
